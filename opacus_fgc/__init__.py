@@ -1,0 +1,25 @@
+"""Differentially private training with the memory of ordinary training: fast ghost clipping for Opacus."""
+
+from opacus_fgc.grad_sample_module import (
+    GradSampleHooksFastGradientClipping,
+    GradSampleModuleFastGradientClipping,
+    create_norm_sample,
+)
+from opacus_fgc.loss import DPLossFastGradientClipping, DPTensorFastGradientClipping
+from opacus_fgc.norm_samplers import NORM_SAMPLERS, register_norm_sampler
+from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
+from opacus_fgc.privacy_engine import PrivacyEngine
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NORM_SAMPLERS",
+    "DPLossFastGradientClipping",
+    "DPOptimizerFastGradientClipping",
+    "DPTensorFastGradientClipping",
+    "GradSampleHooksFastGradientClipping",
+    "GradSampleModuleFastGradientClipping",
+    "PrivacyEngine",
+    "create_norm_sample",
+    "register_norm_sampler",
+]

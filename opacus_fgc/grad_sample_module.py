@@ -1,0 +1,413 @@
+"""The wrapped model: puts a tap on every trainable layer, asks for norms, gives clipping coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
+from opacus.grad_sample import GradSampleModule
+from opacus.layers.dp_rnn import DPRNNBase
+from opacus.utils.module_utils import has_trainable_params, trainable_parameters
+from torch import Tensor, nn
+
+from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_sampler
+from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
+from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient
+from opacus_fgc.record import Record
+from opacus_fgc.taps import Call, tap, untapped
+
+
+def check_loss_reduction(loss_reduction: object) -> None:
+    """Raises a ValueError if the reduction is none that Opacus knows."""
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction is {loss_reduction!r}; it is either 'mean' or 'sum'")
+
+
+def create_norm_sample(*, param: nn.Parameter, grad_sample: Tensor, max_batch_len: int) -> None:
+    """Sets ``param._norm_sample`` to the norms of given per-sample gradients.
+
+    Args:
+        param: a parameter; nothing happens unless it is trainable.
+        grad_sample: its per-sample gradients, shape ``(N, *param.shape)``.
+        max_batch_len: number of samples; 0 for an empty batch, of whatever shape its ``grad_sample`` is.
+    """
+    if param.requires_grad:
+        param._norm_sample = Dense(grad_sample[:max_batch_len]).norm()
+
+
+@dataclass
+class ClippedSum:
+    """What has been summed into the parameters' ``summed_grad`` since the last step.
+
+    Attributes:
+        passes: how many clipped backward passes.
+        max_grad_norm: the norm that their samples were clipped to.
+    """
+
+    passes: int = 0
+    max_grad_norm: float | None = None
+
+
+class GradSampleHooksFastGradientClipping(OpacusHooks):
+    """Computes per-sample gradient norms of a model without wrapping it; see `GradSampleModuleFastGradientClipping`.
+
+    Args:
+        m: the model, which goes on being used as it is.
+        batch_first: whether the batch is the first axis of what the layers get, or the second, ``(K, N, ...)``.
+        loss_reduction: how the loss is reduced over the batch, "mean" or "sum".
+        strict: refuse models that have buffers in a trainable layer.
+        force_functorch: compute all per-sample gradients with `torch.func`, whatever sampler there is.
+        max_grad_norm: the norm ``C`` that each sample's gradient is clipped to.
+        use_ghost_clipping: norms from activations and backprops where possible. ``False`` is Fast Gradient Clipping: the
+            per-sample gradients of one layer at a time are formed, for all layers.
+
+    Raises:
+        NotImplementedError: if ``strict`` and a trainable layer has buffers.
+        ValueError: if ``max_grad_norm`` or ``loss_reduction`` has no meaning, or ``m`` has hooks already.
+    """
+
+    NORM_SAMPLERS = NORM_SAMPLERS
+
+    def __init__(
+        self,
+        m: nn.Module,
+        *,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        strict: bool = True,
+        force_functorch: bool = False,
+        max_grad_norm: float = 1,
+        use_ghost_clipping: bool = True,
+    ) -> None:
+        # All checks come before anything is changed.
+        check_loss_reduction(loss_reduction)
+        if hasattr(m, "autograd_grad_sample_hooks"):
+            raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
+        self.clipping = FlatClipping(max_grad_norm)
+        self.validate(module=m, strict=strict)
+        self.record: Record | None = None
+        self.clipped_sum = ClippedSum()
+        self._sampling = False
+        self._second_pass: dict[nn.Parameter, Tensor] | None = None
+        self._anchor = torch.zeros((), requires_grad=True)
+        super().__init__(
+            m,
+            batch_first=batch_first,
+            loss_reduction=loss_reduction,
+            strict=strict,
+            force_functorch=force_functorch,
+            max_grad_norm=max_grad_norm,
+            use_ghost_clipping=use_ghost_clipping,
+        )
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The clipping norm ``C``, as the clipping rule has it."""
+        return self.clipping.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self.clipping.max_grad_norm = value
+
+    # Taps
+
+    def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The layers that get a tap: all with trainable parameters of their own, but for those inside a functorch layer."""
+        seen = set()
+        todo = [module]
+        while todo:
+            layer = todo.pop()
+            if layer in seen:
+                continue
+            seen.add(layer)
+            # Opacus' recurrent layers show their cells' parameters as their own.
+            if has_trainable_params(layer) and not isinstance(layer, DPRNNBase):
+                yield layer
+                if find_sampler(layer, self.force_functorch).covers_children:
+                    continue
+            todo.extend(layer.children())
+
+    def add_hooks(
+        self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
+    ) -> None:
+        """Puts a tap on every trainable layer; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
+        self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = []
+        self._names = {layer: name for name, layer in self._module.named_modules()}
+        for layer in self.iterate_submodules(self._module):
+            # First of all hooks, so that the tap sees what the layer itself returned.
+            handle = layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True)
+            self.autograd_grad_sample_hooks.append(handle)
+        for _, param in trainable_parameters(self._module):
+            self.autograd_grad_sample_hooks.append(param.register_hook(partial(self._collect_second_pass, param)))
+        self.enable_hooks()
+
+    def capture_activations_hook(  # type: ignore[override]
+        self, module: nn.Module, forward_input: tuple[Any, ...], forward_kwargs: dict[str, Any], forward_output: Any
+    ) -> Any:
+        """Forward hook of each layer: returns its output with a tap on it.
+
+        Args:
+            module: the layer.
+            forward_input: its positional arguments.
+            forward_kwargs: its keyword arguments.
+            forward_output: what it returned.
+        """
+        # A forward that runs inside of a backward is activation checkpointing at work: a second look at the same use, which
+        # has to save what the first one saved, whichever pass it is.
+        recomputing = torch._C._current_graph_task_id() != -1
+        if self._sampling or not torch.is_grad_enabled() or not (self.hooks_enabled or recomputing):
+            return forward_output
+        sampler = find_sampler(module, self.force_functorch)
+        params = [param for param in module.parameters(sampler.covers_children) if param.requires_grad]
+        if not params:
+            return forward_output
+        if not recomputing:
+            self._open_record().expect(params)
+        receive = partial(self._receive, module)
+        return tap(forward_output, forward_input, forward_kwargs, self._anchor, params, receive, sampler.fingerprint)
+
+    def _open_record(self) -> Record:
+        """The record of the step whose forward runs; a new one if backward has been there."""
+        if self.record is None or self.record.receiving:
+            self.record = Record(self.loss_reduction)
+            self._second_pass = None
+            for param in self.trainable_parameters:
+                param._norm_sample = None
+        return self.record
+
+    def _receive(self, module: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> None:
+        if self.hooks_enabled:
+            if self.record is None:
+                self._open_record()
+            assert self.record is not None
+            self.capture_backprops_hook(module, call, backprops, self.record.loss_reduction, self.batch_first)
+
+    # Norms
+
+    def capture_backprops_hook(  # type: ignore[override]
+        self,
+        module: nn.Module,
+        _forward_input: Call,
+        forward_output: tuple[Tensor, ...],
+        loss_reduction: str,
+        batch_first: bool,
+    ) -> None:
+        """Backward hook of each layer: computes the per-sample gradient norms of its parameters, in ``_norm_sample``.
+
+        Args:
+            module: the layer.
+            _forward_input: the call whose backprops these are.
+            forward_output: the gradients of the loss by the layer's outputs.
+            loss_reduction: how that loss was reduced over the batch; with "mean" the norms are scaled back.
+            batch_first: whether the batch is the first axis.
+
+        Raises:
+            NotImplementedError: if the layer's per-sample gradients have no meaning or no known form.
+            ValueError: if the layer was not called on one row a sample.
+        """
+        assert self.record is not None
+        check_loss_reduction(loss_reduction)
+        name = self._describe(module)
+        sampler = find_sampler(module, self.force_functorch)
+        self._sampling = True
+        try:
+            with torch.autocast(forward_output[0].device.type, enabled=False):
+                axis = batch_axis(module, _forward_input.activations, batch_first)
+                forms = sampler(module, _forward_input, forward_output, axis)
+                self._check_complete(module, sampler, forms)
+                forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
+        except (NotImplementedError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        finally:
+            self._sampling = False
+        self.record.loss_reduction = loss_reduction
+        for param, norm in self.record.receive(name, forms).items():
+            param._norm_sample = norm
+
+    def _describe(self, module: nn.Module) -> str:
+        name = self._names.get(module, "")
+        return f"layer '{name}' ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
+
+    def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
+        materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
+        return Dense(form.materialize()) if materialize else form
+
+    @staticmethod
+    def _check_complete(module: nn.Module, sampler: Sampler, forms: dict[nn.Parameter, PerSampleGradient]) -> None:
+        for name, param in module.named_parameters(recurse=sampler.covers_children):
+            if param.requires_grad and param not in forms:
+                raise NotImplementedError(
+                    f"its sampler gives nothing for its parameter '{name}' of shape {tuple(param.shape)}; register a norm "
+                    "sampler for it that does (opacus_fgc.register_norm_sampler), or freeze the parameter"
+                )
+        for param, form in forms.items():
+            if form.shape != param.shape:
+                raise ValueError(
+                    f"its sampler gives per-sample gradients of shape {tuple(form.shape)} for a parameter of shape "
+                    f"{tuple(param.shape)}"
+                )
+
+    @contextmanager
+    def hooks_off(self) -> Iterator[None]:
+        """A context in which taps do nothing."""
+        enabled, self.hooks_enabled = self.hooks_enabled, False
+        try:
+            yield
+        finally:
+            self.hooks_enabled = enabled
+
+    def get_norm_sample(self) -> Tensor:
+        """The norm of each sample's gradient over all trainable parameters, after the first backward.
+
+        Returns:
+            Norms, shape ``(N,)``, float32 or wider; also kept as ``per_sample_gradient_norms``.
+
+        Raises:
+            RuntimeError: if there was no backward through the taps.
+        """
+        if self.record is not None:
+            for param, norm in self.record.norms(self.trainable_parameters).items():
+                param._norm_sample = norm
+        if any(getattr(param, "_norm_sample", None) is None for param in self.trainable_parameters):
+            raise RuntimeError("no per-sample norms: run forward and backward on the wrapped model first")
+        return super().get_norm_sample()
+
+    def get_clipping_coef(self) -> Tensor:
+        """The factor that clips each sample's gradient to ``max_grad_norm``, shape ``(N,)``.
+
+        The next backward pass with hooks disabled is taken for the second pass, of ``(coef * loss).sum()``; `enable_hooks`
+        then puts what it gave into the parameters' ``summed_grad``.
+
+        Raises:
+            RuntimeError: if there was no backward through the taps.
+            ValueError: if a norm is inf or NaN.
+        """
+        coef = self.clipping.coefficients(self.get_norm_sample())
+        self._second_pass = {}
+        return coef
+
+    def first_pass(self, loss_per_sample: Tensor) -> Tensor:
+        """Backward to the taps alone, without any weight gradient.
+
+        Args:
+            loss_per_sample: one loss a sample, shape ``(N,)``.
+
+        Returns:
+            The norm of each sample's gradient, shape ``(N,)``.
+
+        Raises:
+            RuntimeError: if the loss does not depend on a tapped layer.
+            ValueError: if the loss has not one value for each sample that the layers saw, or depends on a trainable
+                parameter past its layer.
+        """
+        self._check_trainable(loss_per_sample)
+        self._open_record().loss_reduction = "sum"
+        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=True, allow_unused=True)
+        norms = self.get_norm_sample()
+        if norms.shape != loss_per_sample.shape:
+            raise ValueError(
+                f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
+                f"the layers saw a batch of {len(norms)}. For losses of flattened tokens call the criterion with shape=(batch "
+                "size, tokens, ...)"
+            )
+        return norms
+
+    def _check_trainable(self, loss_per_sample: Tensor) -> None:
+        names = {param: name for name, param in trainable_parameters(self._module)}
+        late = set(names).difference(self.trainable_parameters)
+        if late:
+            raise ValueError(
+                f"{', '.join(sorted(names[param] for param in late))} did not require gradients, or was not there, when the "
+                "model was wrapped; wrap it anew with all parameters that are to be trained"
+            )
+        outside = untapped(loss_per_sample, names)
+        if outside:
+            raise ValueError(
+                f"the loss depends on {', '.join(sorted(names[param] for param in outside))} past the layer that has it, so "
+                "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
+                "put penalties on weights into the optimizer (weight_decay)"
+            )
+
+    # Clipped sums
+
+    def check_accumulation(self) -> None:
+        """Raises a ValueError if one more clipped backward pass may not be added to what is there."""
+        if self.clipped_sum.passes and not self.grad_accumulation_allowed:
+            raise ValueError(
+                "a second backward() before optimizer.step(): under Poisson sampling every batch is one step. Call "
+                "optimizer.step() and optimizer.zero_grad() for each batch; to split large batches use opacus.utils."
+                "batch_memory_manager.BatchMemoryManager"
+            )
+        self.check_max_grad_norm()
+
+    def check_max_grad_norm(self) -> None:
+        """Raises a ValueError if the clipping norm is not the one that the clipped sum was clipped to."""
+        if self.clipped_sum.max_grad_norm not in (None, self.max_grad_norm):
+            raise ValueError(
+                f"max_grad_norm changed from {self.clipped_sum.max_grad_norm} to {self.max_grad_norm} with a clipped sum "
+                "waiting for optimizer.step(); change it after the step"
+            )
+
+    def add_to_clipped_sum(self, gradients: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+        """Adds the clipped sum of one backward pass to the parameters' ``summed_grad``.
+
+        Args:
+            gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0.
+        """
+        for param, gradient in gradients:
+            if gradient is None:
+                gradient = torch.zeros_like(param)
+            elif gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            summed = getattr(param, "summed_grad", None)
+            if summed is None:
+                param.summed_grad = gradient.detach()
+            else:
+                summed.add_(gradient)
+        self.clipped_sum = ClippedSum(self.clipped_sum.passes + 1, self.max_grad_norm)
+
+    def _collect_second_pass(self, param: nn.Parameter, gradient: Tensor) -> None:
+        """Hook of each parameter: sees the gradients of a second pass that is written by hand."""
+        if self._second_pass is not None and not self.hooks_enabled:
+            self._second_pass[param] = gradient
+
+    def enable_hooks(self) -> None:
+        """Turns the taps on, and ends the second pass of a loop that is written by hand; see `get_clipping_coef`."""
+        super().enable_hooks()
+        collected, self._second_pass = self._second_pass, None
+        if collected:
+            self.check_accumulation()
+            self.add_to_clipped_sum((param, collected.get(param)) for param in self.trainable_parameters)
+
+    def cleanup(self) -> None:
+        """Takes everything off the model and its parameters that was put there."""
+        super().cleanup()
+        self.record = None
+        for param in self._module.parameters():
+            if hasattr(param, "summed_grad"):
+                del param.summed_grad
+
+
+class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, GradSampleModule):
+    """A model that knows the norm of each sample's gradient, without ever storing per-sample gradients.
+
+    Args:
+        m: the model to wrap; see `GradSampleHooksFastGradientClipping` for the other arguments and for errors.
+
+    Example:
+        Clipping by hand, without a criterion from `PrivacyEngine.make_private`:
+
+        >>> model = GradSampleModuleFastGradientClipping(model, max_grad_norm=1.0)
+        >>> loss = F.cross_entropy(model(x), y, reduction="none")
+        >>> loss.mean().backward(retain_graph=True)  # first pass: norms
+        >>> coef = model.get_clipping_coef()
+        >>> model.disable_hooks()
+        >>> (coef * loss).sum().backward()           # second pass: clipped sum
+        >>> model.enable_hooks()                     # now in `summed_grad`
+    """

@@ -1,0 +1,17 @@
+"""Which form the per-sample gradients of each type of layer have: one function a layer, one table of all."""
+
+from __future__ import annotations
+
+from opacus_fgc.norm_samplers import conv, embedding, linear, normalization, sequence_bias
+from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, NormSampler, register_norm_sampler
+
+__all__ = [
+    "NORM_SAMPLERS",
+    "NormSampler",
+    "conv",
+    "embedding",
+    "linear",
+    "normalization",
+    "register_norm_sampler",
+    "sequence_bias",
+]

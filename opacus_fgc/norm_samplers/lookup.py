@@ -1,0 +1,102 @@
+"""Which sampler serves a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleHooks
+from opacus.layers.dp_multihead_attention import SequenceBias
+from opacus.layers.dp_rnn import RNNLinear
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from opacus_fgc.norm_samplers.functorch import Functorch
+from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
+from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient
+from opacus_fgc.taps import Call
+
+
+class Registered:
+    """A sampler from a table, called with the activations and backprops of one layer, batch first.
+
+    Args:
+        function: the entry of the table.
+        as_form: makes a form of what it returns for a parameter, given the parameter's shape.
+    """
+
+    covers_children = False
+
+    def __init__(self, function: Callable[..., Mapping], as_form: Callable[[Any, torch.Size], PerSampleGradient]) -> None:
+        self._function = function
+        self._as_form = as_form
+
+    def fingerprint(self, outputs: list[Tensor]) -> None:
+        """Needs to know nothing about the outputs."""
+
+    def __call__(
+        self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...], batch_dim: int
+    ) -> dict[nn.Parameter, PerSampleGradient]:
+        """The forms of the layer's parameters; see `registry.register_norm_sampler`."""
+        if len(backprops) != 1:
+            raise NotImplementedError(f"a registered sampler takes layers with one output, this one has {len(backprops)}")
+        activations = [tensor.movedim(batch_dim, 0) if tensor.dim() > batch_dim else tensor for tensor in call.activations]
+        gradients = self._function(layer, activations, backprops[0].movedim(batch_dim, 0))
+        return {param: self._as_form(gradient, param.shape) for param, gradient in gradients.items()}
+
+
+def _form_or_norms(gradient: PerSampleGradient | Tensor, shape: torch.Size) -> PerSampleGradient:
+    return NormOnly(gradient, shape) if isinstance(gradient, Tensor) else gradient
+
+
+def _dense(gradient: Tensor, shape: torch.Size) -> PerSampleGradient:
+    return Dense(gradient)
+
+
+Sampler = Registered | Functorch
+
+
+def find_sampler(layer: nn.Module, force_functorch: bool = False) -> Sampler:
+    """Finds what computes a layer's per-sample gradients.
+
+    In this order: its type's norm sampler; the norm sampler of the nearest base class whose ``forward`` it inherits
+    unchanged; Opacus' grad sampler of its very type; functorch on the layer and all in it.
+
+    Args:
+        layer: a layer with trainable parameters of its own.
+        force_functorch: always functorch.
+    """
+    if force_functorch:
+        return Functorch()
+    for base in type(layer).__mro__:
+        if base in NORM_SAMPLERS and base.forward is type(layer).forward and "forward" not in vars(layer):
+            return Registered(NORM_SAMPLERS[base], _form_or_norms)
+    if type(layer) in GradSampleHooks.GRAD_SAMPLERS:
+        return Registered(GradSampleHooks.GRAD_SAMPLERS[type(layer)], _dense)
+    return Functorch()
+
+
+def batch_axis(layer: nn.Module, activations: list[Tensor], batch_first: bool) -> int:
+    """The axis of a layer's inputs and outputs that counts samples.
+
+    Layers that define their batch axis have it there whatever the model's convention is. With ``batch_first=False`` others
+    have it second, ``(K, N, ...)``, where they have two axes in front of those that they work on, and first otherwise.
+
+    Args:
+        layer: the layer.
+        activations: the tensors that it was called with.
+        batch_first: the convention of the model.
+    """
+    if isinstance(layer, SequenceBias):
+        return 0 if layer.batch_first else 1
+    if batch_first or isinstance(layer, (RNNLinear, _ConvNd, nn.GroupNorm, _InstanceNorm, nn.EmbeddingBag)):
+        return 0
+    if isinstance(layer, nn.Embedding):
+        features = 0
+    elif isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        features = len(layer.normalized_shape)
+    else:
+        features = 1
+    return 1 if activations and activations[0].dim() - features >= 2 else 0

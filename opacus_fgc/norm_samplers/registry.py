@@ -1,0 +1,60 @@
+"""The table of norm samplers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from opacus_fgc.per_sample import PerSampleGradient
+
+NormSampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, "PerSampleGradient | Tensor"]]
+
+NORM_SAMPLERS: dict[type[nn.Module], NormSampler] = {}
+"""``{layer type: norm sampler}``. Opacus' ``GRAD_SAMPLERS`` serves the layers that are not in it."""
+
+
+def register_norm_sampler(
+    target_class_or_classes: type[nn.Module] | Sequence[type[nn.Module]],
+) -> Callable[[NormSampler], NormSampler]:
+    """Registers the decorated function as the norm sampler of one or several types of layers.
+
+    A norm sampler is called as ``sampler(layer, activations, backprops)`` with the layer, the list of the tensors that it
+    was called with, and the gradient of the loss by its output; activations and backprops have the batch first. It returns
+    a dict from each trainable parameter of the layer to the form of its per-sample gradients (`opacus_fgc.per_sample`), or
+    to plain norms, shape ``(N,)``, as Opacus' own norm samplers do.
+
+    It serves the types themselves and those subclasses that inherit their ``forward`` unchanged.
+
+    Args:
+        target_class_or_classes: a type of layer, or a sequence of them.
+
+    Example:
+        >>> @register_norm_sampler(Scale)
+        ... def scale(layer, activations, backprops):
+        ...     return {layer.factor: Dense((activations[0] * backprops).flatten(1, -2).sum(1))}
+    """
+    targets = target_class_or_classes if isinstance(target_class_or_classes, Sequence) else [target_class_or_classes]
+
+    def decorator(sampler: NormSampler) -> NormSampler:
+        NORM_SAMPLERS.update(dict.fromkeys(targets, sampler))
+        return sampler
+
+    return decorator
+
+
+def refuse_unbatched(tensor: Tensor, dims: int) -> None:
+    """Refuses a call without a batch axis.
+
+    Args:
+        tensor: the layer's input or output, batch first.
+        dims: how many axes a batched one has at least.
+
+    Raises:
+        ValueError: if it has fewer.
+    """
+    if tensor.dim() < dims:
+        raise ValueError(
+            f"it was called without a batch axis, on shape {tuple(tensor.shape)} where {dims} axes were expected; call it on "
+            "a batch"
+        )

@@ -1,0 +1,141 @@
+"""From the clipped sum to the step: noise, scale, step, and Opacus' accountant."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
+from torch.optim import Optimizer
+
+from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.grad_sample_module import (
+    ClippedSum,
+    GradSampleHooksFastGradientClipping,
+    check_loss_reduction,
+)
+
+
+def check_noise_multiplier(value: object) -> None:
+    """Raises a ValueError if a noise multiplier is not one finite number from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+        raise ValueError(
+            f"noise_multiplier is {value!r}; it is one finite number from 0 (no noise, no privacy) on: the standard deviation "
+            "of the noise as a multiple of max_grad_norm"
+        )
+
+
+class DPOptimizerFastGradientClipping(OpacusOptimizer):
+    """Adds noise to the clipped sum that ``backward()`` left in ``summed_grad``, and steps.
+
+    Noise has standard deviation ``noise_multiplier * max_grad_norm`` and is drawn once a step, for every parameter.
+
+    Args:
+        optimizer: the optimizer that makes the step; any of ``torch.optim``.
+        noise_multiplier: standard deviation of the noise as a multiple of ``max_grad_norm``.
+        max_grad_norm: the clipping norm ``C``. It has to be the module's; see `attach`.
+        expected_batch_size: what the sum is divided by with ``loss_reduction="mean"``.
+        loss_reduction: "mean" or "sum".
+        generator: source of the noise, torch's default if None.
+        secure_mode: noise that withstands floating-point attacks; see Opacus.
+        **kwargs: handed on to Opacus' optimizer.
+
+    Raises:
+        ValueError: if an argument has no meaning.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: int | None,
+        loss_reduction: str = "mean",
+        generator: torch.Generator | None = None,
+        secure_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        check_noise_multiplier(noise_multiplier)
+        check_loss_reduction(loss_reduction)
+        self.clipping = FlatClipping(max_grad_norm)
+        self.module: GradSampleHooksFastGradientClipping | None = None
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            loss_reduction=loss_reduction,
+            generator=generator,
+            secure_mode=secure_mode,
+            **kwargs,
+        )
+
+    @property
+    def max_grad_norm(self) -> float:
+        """The clipping norm ``C`` of optimizer and module: Opacus' schedulers set it here, and it holds for both."""
+        return self.clipping.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        self.clipping.max_grad_norm = value
+
+    def attach(self, module: GradSampleHooksFastGradientClipping) -> None:
+        """Takes over a module's clipping rule, so that both go by one norm.
+
+        Args:
+            module: the wrapped model, or the hooks on it, whose parameters are optimized.
+
+        Raises:
+            ValueError: if its clipping norm is another than the optimizer's.
+        """
+        if module.max_grad_norm != self.max_grad_norm:
+            raise ValueError(
+                f"the optimizer's max_grad_norm is {self.max_grad_norm}, the module's {module.max_grad_norm}; the noise has to "
+                "go by the norm that gradients are clipped to"
+            )
+        self.module = module
+        self.clipping = module.clipping
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """How many clipped backward passes are in the sum that the next step takes; the accountant multiplies by it."""
+        return self.module.clipped_sum.passes if self.module is not None else 0
+
+    def accumulate(self) -> None:
+        """Checks that there is a clipped sum to step with.
+
+        Raises:
+            ValueError: if there is none, or a part of it is missing.
+        """
+        if self.module is None:
+            raise ValueError(
+                "this optimizer is attached to no wrapped model, so it cannot know what its gradients were clipped to: get both "
+                "from make_private, give both to DPLossFastGradientClipping, or call optimizer.attach(module)"
+            )
+        if self.accumulated_iterations == 0:
+            raise ValueError(
+                "step() without a clipped gradient: call backward() on what the criterion from make_private returns. The "
+                "gradients of a plain loss.backward() are not clipped and are not used. (In a loop with two passes by hand, "
+                "call enable_hooks() after the second.)"
+            )
+        self.module.check_max_grad_norm()
+        missing = sum(getattr(param, "summed_grad", None) is None for param in self.params)
+        if missing:
+            raise ValueError(
+                f"{missing} parameters of the optimizer have no clipped gradient: they came to it after the model was "
+                "wrapped, or were cleared. Wrap model and optimizer anew"
+            )
+
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Clears gradients, and the clipped sum unless the last step was skipped to go on summing.
+
+        Args:
+            set_to_none: whether ``p.grad`` becomes None rather than 0.
+        """
+        super().zero_grad(set_to_none)
+        if self.module is not None:
+            kept = self.module.clipped_sum.max_grad_norm if self._is_last_step_skipped else None
+            self.module.clipped_sum = ClippedSum(max_grad_norm=kept)

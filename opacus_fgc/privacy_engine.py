@@ -1,0 +1,175 @@
+"""``make_private``: reads the mode and wires the rooms; every other argument goes on untouched."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from opacus import PrivacyEngine as OpacusPrivacyEngine
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
+from opacus.optimizers import DPOptimizer
+from torch import nn, optim
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, IterableDataset
+
+from opacus_fgc.clipping import check_max_grad_norm
+from opacus_fgc.grad_sample_module import (
+    GradSampleHooksFastGradientClipping,
+    GradSampleModuleFastGradientClipping,
+    check_loss_reduction,
+)
+from opacus_fgc.loss import DPLossFastGradientClipping, check_criterion
+from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier
+
+MODES = ("ghost",)
+"""The values of ``grad_sample_mode`` that this package serves; all others are Opacus' own."""
+
+
+class PrivacyEngine(OpacusPrivacyEngine):
+    """Opacus' `PrivacyEngine` with this package's ``grad_sample_mode="ghost"``.
+
+    Everything else, and every other mode, is Opacus' own.
+
+    Args:
+        accountant: "prv", "rdp" or "gdp"; see Opacus.
+        secure_mode: see Opacus.
+
+    Example:
+        >>> model, optimizer, criterion, loader = PrivacyEngine().make_private(
+        ...     module=model, optimizer=optimizer, criterion=criterion, data_loader=loader,
+        ...     noise_multiplier=1.0, max_grad_norm=1.0, grad_sample_mode="ghost")
+    """
+
+    def make_private(self, **kwargs: Any) -> Any:
+        """Makes model, optimizer, criterion and data loader private; see `opacus.PrivacyEngine.make_private`.
+
+        Args:
+            **kwargs: the arguments of Opacus' method. With ``grad_sample_mode="ghost"`` all are checked before anything is
+                wrapped or changed.
+
+        Returns:
+            ``(module, optimizer, criterion, data_loader)`` with ``grad_sample_mode="ghost"``: the wrapped model (with
+            ``wrap_model=False`` the hooks on it, which have ``cleanup()``), the private optimizer, a criterion whose loss
+            has to be the one to call ``backward()`` on, and a loader with Poisson sampling.
+
+        Raises:
+            ValueError: if an argument has no meaning.
+            NotImplementedError: if the model, or what is asked for, is not supported.
+        """
+        if kwargs.get("grad_sample_mode") in MODES:
+            _check_arguments(**kwargs)
+        return super().make_private(**kwargs)
+
+    def _prepare_model(
+        self,
+        module: nn.Module,
+        *,
+        batch_first: bool = True,
+        max_grad_norm: float | list[float] = 1.0,
+        loss_reduction: str = "mean",
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+    ) -> AbstractGradSampleModule | GradSampleHooks:
+        wrapped_already = isinstance(module, GradSampleModuleFastGradientClipping)
+        if grad_sample_mode not in MODES or (isinstance(module, AbstractGradSampleModule) and not wrapped_already):
+            return super()._prepare_model(
+                module,
+                batch_first=batch_first,
+                max_grad_norm=max_grad_norm,
+                loss_reduction=loss_reduction,
+                grad_sample_mode=grad_sample_mode,
+                wrap_model=wrap_model,
+            )
+        if wrapped_already:
+            if (module.batch_first, module.loss_reduction) != (batch_first, loss_reduction):
+                raise ValueError(
+                    f"the model is wrapped already, with batch_first={module.batch_first} and loss_reduction="
+                    f"{module.loss_reduction!r}; pass these, or the model itself (module.to_standard_module())"
+                )
+            module.max_grad_norm = max_grad_norm
+            return module
+        self.validate(module=module, optimizer=None, data_loader=None)
+        wrapper = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
+        return wrapper(module, batch_first=batch_first, loss_reduction=loss_reduction, max_grad_norm=max_grad_norm)
+
+    def _prepare_optimizer(
+        self,
+        *,
+        optimizer: optim.Optimizer,
+        noise_generator: torch.Generator | None = None,
+        distributed: bool = False,
+        clipping: str = "flat",
+        grad_sample_mode: str = "hooks",
+        **kwargs: Any,
+    ) -> DPOptimizer:
+        if grad_sample_mode not in MODES:
+            return super()._prepare_optimizer(
+                optimizer=optimizer,
+                noise_generator=noise_generator,
+                distributed=distributed,
+                clipping=clipping,
+                grad_sample_mode=grad_sample_mode,
+                **kwargs,
+            )
+        return DPOptimizerFastGradientClipping(
+            optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
+            generator=self.secure_rng if self.secure_mode else noise_generator,
+            secure_mode=self.secure_mode,
+            **kwargs,
+        )
+
+    def _prepare_criterion(
+        self, *, module: Any, optimizer: DPOptimizer, criterion: Any, loss_reduction: str = "mean", **kwargs: Any
+    ) -> Any:
+        if isinstance(module, GradSampleHooksFastGradientClipping):
+            return DPLossFastGradientClipping(module, optimizer, criterion, loss_reduction)
+        return super()._prepare_criterion(
+            module=module, optimizer=optimizer, criterion=criterion, loss_reduction=loss_reduction, **kwargs
+        )
+
+
+def _check_arguments(
+    *,
+    module: nn.Module,
+    optimizer: optim.Optimizer,
+    data_loader: DataLoader,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    criterion: Any = None,
+    loss_reduction: str = "mean",
+    clipping: str = "flat",
+    poisson_sampling: bool = True,
+    **_: Any,
+) -> None:
+    check_max_grad_norm(max_grad_norm)
+    check_noise_multiplier(noise_multiplier)
+    check_loss_reduction(loss_reduction)
+    if criterion is not None:
+        check_criterion(criterion, loss_reduction)
+    if clipping != "flat":
+        raise NotImplementedError(
+            f"clipping is {clipping!r}; ghost clipping clips flat, by one norm over all parameters. Pass clipping='flat', or "
+            "grad_sample_mode='hooks' for Opacus' other ways"
+        )
+    if isinstance(module, (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel, FSDPModule)):
+        raise NotImplementedError(
+            f"{type(module).__name__} is not supported by this package's ghost clipping; train in one process, or use Opacus' "
+            "own PrivacyEngine"
+        )
+    if isinstance(data_loader.dataset, IterableDataset) and poisson_sampling:
+        raise ValueError(
+            "Poisson sampling needs a data set that can be indexed, not an IterableDataset; load it into a map-style data set"
+        )
+    if len(data_loader) == 0:
+        raise ValueError("the data loader has no batches, so there is no sampling rate to account for")
+    params = set(module.parameters())
+    strangers = [param for param in chain(*(group["params"] for group in optimizer.param_groups)) if param not in params]
+    if strangers:
+        shapes = ", ".join(str(tuple(param.shape)) for param in strangers[:5])
+        raise ValueError(
+            f"Module parameters are different than optimizer Parameters: {len(strangers)} of the optimizer's are not the "
+            f"model's (shapes {shapes}). Make the optimizer from the parameters of the model as it is now"
+        )

@@ -1,0 +1,374 @@
+"""The cases: a module, an input, a target and a loss each. Every one goes through every entry; see test_exact.py.
+
+All are float64. Adding a layer to the package means adding a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
+from opacus.layers.dp_multihead_attention import SequenceBias
+from opacus.layers.dp_rnn import RNNLinear
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from opacus_fgc import register_norm_sampler
+
+N = 5
+
+
+def floats(*shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randn(n, *shape)
+
+
+def tokens(high: int, *shape: int) -> Callable[[int], Tensor]:
+    return lambda n: torch.randint(high, (n, *shape))
+
+
+def squares(reduction: str) -> nn.Module:
+    return nn.MSELoss(reduction=reduction)
+
+
+def classes(reduction: str) -> nn.Module:
+    return nn.CrossEntropyLoss(reduction=reduction)
+
+
+@dataclass
+class Case:
+    """One row.
+
+    Attributes:
+        id: name in the test's output.
+        module: makes the model.
+        inputs: one function of the batch size for each positional argument.
+        target: function of the batch size; zeros like the output (a regression) if None.
+        loss: makes the criterion from a reduction.
+        batch_first: as for `make_private`; inputs have their batch second if not.
+        covers: layer types of `NORM_SAMPLERS` that this is the case of.
+        functorch: whether torch.func can do this model as well.
+    """
+
+    id: str
+    module: Callable[[], nn.Module]
+    inputs: list[Callable[[int], Any]]
+    target: Callable[[int], Tensor] | None = None
+    loss: Callable[[str], nn.Module] = squares
+    batch_first: bool = True
+    covers: list[type[nn.Module]] = field(default_factory=list)
+    functorch: bool = True
+
+    def make(self, n: int = N, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...], Tensor]:
+        """Model, inputs and target, the same ones for the same seed."""
+        torch.manual_seed(seed)
+        model = self.module()
+        inputs = tuple(make(n) for make in self.inputs)
+        if not self.batch_first:
+            inputs = tuple(value.transpose(0, 1) for value in inputs)
+        if self.target is not None:
+            return model, inputs, self.target(n)
+        with torch.no_grad():
+            return model, inputs, torch.randn_like(model(*inputs))
+
+
+class Apply(nn.Module):
+    """A model from children and a function of them and the inputs."""
+
+    def __init__(self, function: Callable, **children: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self, *inputs)
+
+
+def frozen(module: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        module.get_parameter(name).requires_grad_(False)
+    return module
+
+
+def tied(module: nn.Module, parent: str, name: str, source: str) -> nn.Module:
+    module.get_submodule(parent).register_parameter(name, module.get_parameter(source))
+    return module
+
+
+class ScaleByOwn(nn.Module):
+    """Hand-written: a parameter on a module with children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(4))
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x * self.scale)
+
+
+class TwoInputs(nn.Module):
+    """Two inputs, one by keyword, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(3, 4))
+        self.b = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor, *, scale: Tensor, power: int = 2) -> tuple[Tensor, dict[str, Tensor]]:
+        return x @ self.a, {"second": (scale @ self.b) ** power}
+
+
+class InheritedLinear(nn.Linear):
+    """Served by the sampler of its base."""
+
+
+class DoubledLinear(nn.Linear):
+    """Not served by it: another forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class NormOnlyScale(nn.Module):
+    """Served by a norm sampler in Opacus' own form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+@register_norm_sampler(NormOnlyScale)
+def norm_only_scale(layer: NormOnlyScale, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    return {layer.factor: (activations[0] * backprops).norm(dim=1)}
+
+
+def relu_in_place(m: Apply, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h += x
+    return m.b(F.relu_(h))
+
+
+def tied_head(m: Apply, x: Tensor) -> Tensor:
+    return m.head(m.body(m.embedding(x)))
+
+
+def flattened(function: Callable[[Apply, Tensor], Tensor]) -> Callable[[Apply, Tensor], Tensor]:
+    return lambda m, x: function(m, x).flatten(1)
+
+
+def permuted_conv(m: Apply, x: Tensor) -> Tensor:
+    return m.conv(x.permute(0, 3, 1, 2))
+
+
+def channels_last(m: Apply, x: Tensor) -> Tensor:
+    return m.conv(x.to(memory_format=torch.channels_last))
+
+
+def conv_cases() -> list[Case]:
+    rows: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
+        ("conv1d", lambda: nn.Conv1d(4, 6, 3), (4, 9)),
+        ("conv1d-strided", lambda: nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2), (4, 9)),
+        ("conv1d-same", lambda: nn.Conv1d(4, 6, 4, padding="same", dilation=3), (4, 11)),
+        ("conv2d", lambda: nn.Conv2d(3, 4, 3), (3, 6, 7)),
+        ("conv2d-no-bias", lambda: nn.Conv2d(3, 4, 3, bias=False), (3, 6, 7)),
+        ("conv2d-1x1", lambda: nn.Conv2d(3, 4, 1), (3, 4, 4)),
+        ("conv2d-one-position", lambda: nn.Conv2d(3, 4, 5), (3, 5, 5)),
+        ("conv2d-uneven", lambda: nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 2), (1, 2), groups=2), (4, 8, 7)),
+        ("conv2d-remainder", lambda: nn.Conv2d(2, 3, 3, stride=3), (2, 8, 10)),
+        ("conv2d-depthwise", lambda: nn.Conv2d(4, 8, 3, groups=4), (4, 6, 6)),
+        ("conv2d-valid", lambda: nn.Conv2d(3, 4, 3, padding="valid"), (3, 6, 6)),
+        ("conv2d-same", lambda: nn.Conv2d(3, 4, (4, 3), padding="same", dilation=(1, 2)), (3, 7, 6)),
+        ("conv2d-many-positions", lambda: nn.Conv2d(1, 2, 2), (1, 9, 9)),
+        ("conv3d", lambda: nn.Conv3d(2, 4, (2, 3, 2), (1, 2, 1), (1, 1, 0), groups=2), (2, 4, 5, 4)),
+        ("conv3d-same", lambda: nn.Conv3d(2, 3, (2, 3, 2), padding="same"), (2, 3, 4, 3)),
+    ]
+    for mode in ("reflect", "replicate", "circular"):
+        rows += [
+            (f"conv1d-{mode}", lambda mode=mode: nn.Conv1d(2, 3, 3, padding=2, padding_mode=mode), (2, 7)),
+            (f"conv2d-{mode}", lambda mode=mode: nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode=mode), (2, 5, 6)),
+            (f"conv2d-same-{mode}", lambda mode=mode: nn.Conv2d(2, 3, 4, padding="same", padding_mode=mode), (2, 5, 6)),
+            (f"conv3d-{mode}", lambda mode=mode: nn.Conv3d(2, 3, 3, padding=1, padding_mode=mode), (2, 4, 4, 4)),
+        ]
+    covers = {"conv1d": [nn.Conv1d], "conv2d": [nn.Conv2d], "conv3d": [nn.Conv3d]}
+    cases = [Case(id, module, [floats(*shape)], covers=covers.get(id, [])) for id, module, shape in rows]
+    for id, function in (("conv2d-channels-last", channels_last), ("conv2d-permuted", permuted_conv)):
+        cases.append(Case(id, lambda function=function: Apply(function, conv=nn.Conv2d(4, 6, 3, groups=2)), [floats(4, 6, 4)] if function is permuted_conv else [floats(4, 6, 5)]))
+    return cases
+
+
+def recurrent(kind: Callable, **options: Any) -> nn.Module:
+    return Apply(lambda m, x: m.head(m.rnn(x)[0]), rnn=kind(3, 4, **options), head=nn.Linear(8 if "bidirectional" in options else 4, 2))
+
+
+def tied_language_model(loss_target: int = 11) -> nn.Module:
+    embedding, head = nn.Embedding(loss_target, 6), nn.Linear(6, loss_target)
+    model = Apply(lambda m, x: tied_head(m, x).mT, embedding=embedding, body=nn.Linear(6, 6), head=head)
+    return tied(model, "head", "weight", "embedding.weight")
+
+
+class IgnoringLoss(nn.CrossEntropyLoss):
+    """Ignores token 0, but never a whole sample, for which torch's mean is 0/0."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__(ignore_index=0, reduction=reduction)
+
+
+def tokens_and_padding(n: int) -> Tensor:
+    target = torch.randint(11, (n, 4))
+    target[:, 0] = 1
+    return target
+
+
+CASES = [
+    Case("linear", lambda: nn.Linear(3, 4), [floats(3)], covers=[nn.Linear]),
+    Case("linear-3d", lambda: nn.Linear(3, 4), [floats(6, 3)]),
+    Case("linear-3d-gram", lambda: nn.Linear(16, 12), [floats(3, 16)]),
+    Case("linear-4d", lambda: nn.Linear(3, 4), [floats(2, 5, 3)]),
+    Case("linear-5d", lambda: nn.Linear(7, 9), [floats(2, 1, 2, 7)]),
+    Case("linear-no-bias", lambda: nn.Linear(3, 4, bias=False), [floats(3)]),
+    Case("linear-bias-only", lambda: frozen(nn.Linear(3, 4), "weight"), [floats(3)]),
+    Case("linear-weight-only", lambda: frozen(nn.Linear(3, 4), "bias"), [floats(6, 3)]),
+    Case("linear-one-output", lambda: nn.Linear(3, 1), [floats(3)]),
+    Case("linear-transposed-input", lambda: Apply(lambda m, x: m.a(x.mT), a=nn.Linear(3, 4)), [floats(3, 6)]),
+    Case("linear-by-keyword", lambda: Apply(lambda m, x: m.a(input=x), a=nn.Linear(3, 4)), [floats(3)]),
+    Case("linear-inherited", lambda: InheritedLinear(3, 4), [floats(6, 3)]),
+    Case("linear-other-forward", lambda: DoubledLinear(3, 4), [floats(6, 3)]),
+    Case(
+        "mlp",
+        lambda: nn.Sequential(nn.Linear(3, 8), nn.ReLU(inplace=True), nn.Linear(8, 4)),
+        [floats(3)],
+        tokens(4),
+        classes,
+    ),
+    Case("in-place", lambda: Apply(relu_in_place, a=nn.Linear(4, 4), b=nn.Linear(4, 3)), [floats(4)]),
+    Case("frozen-layer-between", lambda: frozen(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)), "1.weight", "1.bias"), [floats(3)]),
+    Case("embedding", lambda: nn.Embedding(7, 3), [tokens(7, 6)], covers=[nn.Embedding]),
+    Case("embedding-1d", lambda: nn.Embedding(7, 3), [tokens(7)]),
+    Case("embedding-3d", lambda: nn.Embedding(7, 3), [tokens(7, 2, 3)]),
+    Case("embedding-padding", lambda: nn.Embedding(4, 3, padding_idx=2), [tokens(4, 6)]),
+    Case("embedding-sparse", lambda: nn.Embedding(7, 3, sparse=True), [tokens(7, 6)], functorch=False),
+    Case("embedding-expanded", lambda: Apply(lambda m, x: m.a(x[:, None].expand(-1, 4)), a=nn.Embedding(7, 3)), [tokens(7)]),
+    Case("embedding-int32", lambda: Apply(lambda m, x: m.a(x.int()), a=nn.Embedding(7, 3)), [tokens(7, 6)]),
+    Case("embedding-bag-sum", lambda: nn.EmbeddingBag(5, 3, mode="sum"), [tokens(5, 6)], covers=[nn.EmbeddingBag], functorch=False),
+    Case("embedding-bag-mean", lambda: nn.EmbeddingBag(5, 3, padding_idx=1), [tokens(5, 6)], functorch=False),
+    Case(
+        "embedding-bag-weights",
+        lambda: Apply(lambda m, x, w: m.a(x, per_sample_weights=w), a=nn.EmbeddingBag(5, 3, mode="sum")),
+        [tokens(5, 6), floats(6)],
+        functorch=False,
+    ),
+    Case(
+        "embedding-bag-offsets",
+        lambda: Apply(lambda m, x: m.a(x.flatten(), torch.arange(len(x)) * x.shape[1]), a=nn.EmbeddingBag(5, 3)),
+        [tokens(5, 6)],
+        functorch=False,
+    ),
+    Case("layer-norm", lambda: nn.LayerNorm(4), [floats(3, 4)], covers=[nn.LayerNorm]),
+    Case("layer-norm-2d", lambda: nn.LayerNorm(4), [floats(4)]),
+    Case("layer-norm-two-axes", lambda: nn.LayerNorm((3, 4)), [floats(2, 3, 4)]),
+    Case("layer-norm-no-bias", lambda: nn.LayerNorm(4, bias=False), [floats(3, 4)]),
+    Case("layer-norm-bias-only", lambda: frozen(nn.LayerNorm(4), "weight"), [floats(3, 4)]),
+    Case("rms-norm", lambda: nn.RMSNorm(4), [floats(3, 4)], covers=[nn.RMSNorm]),
+    Case("rms-norm-eps", lambda: nn.RMSNorm((3, 4), eps=1e-3), [floats(2, 3, 4)]),
+    Case("group-norm", lambda: nn.GroupNorm(2, 4), [floats(4, 3, 3)], covers=[nn.GroupNorm]),
+    Case("group-norm-2d", lambda: nn.GroupNorm(2, 8), [floats(8)]),
+    Case("instance-norm-1d", lambda: nn.InstanceNorm1d(3, affine=True), [floats(3, 5)], covers=[nn.InstanceNorm1d]),
+    Case("instance-norm-2d", lambda: nn.InstanceNorm2d(3, affine=True), [floats(3, 4, 4)], covers=[nn.InstanceNorm2d]),
+    Case("instance-norm-3d", lambda: nn.InstanceNorm3d(2, affine=True), [floats(2, 2, 3, 3)], covers=[nn.InstanceNorm3d]),
+    Case("rnn-linear", lambda: RNNLinear(3, 4), [floats(3)], covers=[RNNLinear]),
+    Case("lstm", lambda: recurrent(DPLSTM, batch_first=True), [floats(5, 3)]),
+    Case("lstm-batch-second", lambda: recurrent(DPLSTM), [floats(6, 3)], tokens(2, 6), lambda r: OfTimeFirst(classes(r)), batch_first=False),
+    Case("gru", lambda: recurrent(DPGRU, batch_first=True, num_layers=2), [floats(4, 3)]),
+    Case("rnn-bidirectional", lambda: recurrent(DPRNN, batch_first=True, bidirectional=True), [floats(4, 3)]),
+    Case("sequence-bias", lambda: SequenceBias(3, batch_first=True), [floats(4, 3)], covers=[SequenceBias]),
+    Case(
+        "attention",
+        lambda: Apply(lambda m, x: m.a(x, x, x)[0], a=DPMultiheadAttention(4, 2, add_bias_kv=True, batch_first=True)),
+        [floats(3, 4)],
+    ),
+    Case("tied-head", tied_language_model, [tokens(11, 4)], tokens(11, 4), classes),
+    Case("ignored-tokens", tied_language_model, [tokens(11, 4)], tokens_and_padding, IgnoringLoss),
+    Case("used-twice", lambda: Apply(lambda m, x: m.a(F.relu(m.a(x))), a=nn.Linear(4, 4)), [floats(3, 4)]),
+    Case("used-at-two-lengths", lambda: Apply(lambda m, x: m.a(x).sum(1) + m.a(x[:, 0]), a=nn.Linear(4, 4)), [floats(3, 4)]),
+    Case("conv-used-twice", lambda: Apply(lambda m, x: m.a(F.relu(m.a(x))), a=nn.Conv2d(2, 2, 3)), [floats(2, 6, 6)]),
+    Case(
+        "norm-used-twice", lambda: Apply(lambda m, x: m.n(m.a(m.n(x))), n=nn.LayerNorm(4), a=nn.Linear(4, 4)), [floats(3, 4)]
+    ),
+    Case("embedding-used-twice", lambda: Apply(lambda m, x: m.a(x) + m.a(x[:, :1]), a=nn.Embedding(6, 3)), [tokens(6, 4)]),
+    Case(
+        "module-with-two-names",
+        lambda: (lambda a: nn.Sequential(a, nn.ReLU(), nn.Sequential(a, nn.Linear(4, 2))))(nn.Linear(4, 4)),
+        [floats(4)],
+    ),
+    Case(
+        "tied-linear-and-custom",
+        lambda: tied(nn.Sequential(nn.Linear(4, 4), DoubledLinear(4, 4)), "1", "weight", "0.weight"),
+        [floats(3, 4)],
+    ),
+    Case(
+        "tied-embedding-and-custom",
+        lambda: tied(nn.Sequential(nn.Embedding(4, 4), DoubledLinear(4, 4)), "1", "weight", "0.weight"),
+        [tokens(4, 3)],
+    ),
+    Case(
+        "tied-three-ways",
+        lambda: tied(
+            tied(nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4), DoubledLinear(4, 4)), "1", "weight", "0.weight"),
+            "2",
+            "weight",
+            "0.weight",
+        ),
+        [tokens(4, 3)],
+    ),
+    Case("unused-layer", lambda: Apply(lambda m, x: m.a(x), a=nn.Linear(3, 4), b=nn.Linear(3, 4)), [floats(3)]),
+    Case(
+        "unused-output", lambda: Apply(lambda m, x: [m.a(x), m.b(x)][0], a=nn.Linear(3, 4), b=nn.Linear(3, 4)), [floats(3)]
+    ),
+    Case("custom-with-child", ScaleByOwn, [floats(3, 4)]),
+    Case(
+        "custom-two-inputs",
+        lambda: Apply(
+            lambda m, x, s: (lambda y, d: m.head(y + d["second"]))(*m.a(x, scale=s)), a=TwoInputs(), head=nn.Linear(4, 2)
+        ),
+        [floats(3), floats(3)],
+    ),
+    Case("norm-only", lambda: nn.Sequential(nn.Linear(4, 3), NormOnlyScale()), [floats(4)], covers=[NormOnlyScale]),
+    Case(
+        "checkpointed",
+        lambda: Apply(
+            lambda m, x: m.c(checkpoint(lambda h: F.relu(m.b(F.relu(m.a(h)))), x, use_reentrant=False)),
+            a=nn.Linear(4, 4),
+            b=nn.Linear(4, 4),
+            c=nn.Linear(4, 2),
+        ),
+        [floats(3, 4)],
+    ),
+    *conv_cases(),
+]
+
+
+class OfTimeFirst(nn.Module):
+    """A criterion for outputs that have their batch second."""
+
+    def __init__(self, criterion: nn.Module) -> None:
+        super().__init__()
+        self.criterion = criterion
+
+    @property
+    def reduction(self) -> str:
+        return self.criterion.reduction
+
+    @reduction.setter
+    def reduction(self, value: str) -> None:
+        self.criterion.reduction = value
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.criterion(output.permute(1, 2, 0), target)

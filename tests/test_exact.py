@@ -1,0 +1,111 @@
+"""Every case, by every entry, equals the oracle: norms of every parameter, clipped sum, loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from opacus_fgc import (
+    NORM_SAMPLERS,
+    DPLossFastGradientClipping,
+    DPOptimizerFastGradientClipping,
+    GradSampleHooksFastGradientClipping,
+    GradSampleModuleFastGradientClipping,
+)
+from tests.cases import CASES, N, Case
+from tests.reference import Reference, reference
+
+ENTRIES = {"wrapped": GradSampleModuleFastGradientClipping, "hooks": GradSampleHooksFastGradientClipping}
+WAYS = {
+    "ghost": {},
+    "fast-gradient-clipping": {"use_ghost_clipping": False},
+    "functorch": {"force_functorch": True},
+}
+MATRIX = [
+    pytest.param(case, way, id=f"{case.id}-{way}")
+    for case in CASES
+    for way in WAYS
+    if case.functorch or way != "functorch"
+]
+
+
+def expected(case: Case, reduction: str, n: int = N) -> Reference:
+    model, inputs, target = case.make(n)
+    return reference(model, case.loss(reduction), inputs, target, n, 0 if case.batch_first else 1)
+
+
+def private(case: Case, entry: str, reduction: str, max_grad_norm: float, n: int = N, **options):
+    """Model and wrapper after a clipped backward pass, and the loss."""
+    model, inputs, target = case.make(n)
+    wrapper = ENTRIES[entry](
+        model, batch_first=case.batch_first, loss_reduction=reduction, max_grad_norm=max_grad_norm, **options
+    )
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(params, lr=0.1),
+        noise_multiplier=0.0,
+        max_grad_norm=max_grad_norm,
+        expected_batch_size=n,
+        loss_reduction=reduction,
+    )
+    criterion = DPLossFastGradientClipping(wrapper, optimizer, case.loss(reduction), reduction)
+    loss = criterion((wrapper if entry == "wrapped" else model)(*inputs), target)
+    loss.backward()
+    return model, wrapper, loss
+
+
+def assert_equal(actual: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
+    # The root of a sum that is zero but for rounding is 1e-8; such a norm is wrong by no more than the gradient it is of.
+    torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10, msg=lambda text: f"{what}: {text}")
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("case, way", MATRIX)
+def test_equals_oracle(case: Case, way: str, entry: str, reduction: str) -> None:
+    oracle = expected(case, reduction)
+    # Between the norms, so that some samples are clipped and some are not.
+    max_grad_norm = oracle.total_norm().median().item()
+    model, wrapper, loss = private(case, entry, reduction, max_grad_norm, **WAYS[way])
+
+    clipped = oracle.clipped_sum(max_grad_norm)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            assert_equal(param._norm_sample, oracle.norms()[name], f"norms of {name}")
+            assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
+        assert param.grad is None
+    assert_equal(wrapper.per_sample_gradient_norms, oracle.total_norm(), "norms")
+    assert_equal(loss.loss_per_sample.detach(), oracle.losses, "losses")
+    assert_equal(loss.detach(), getattr(oracle.losses, reduction)(), "loss")
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_two_passes_by_hand(case: Case, entry: str) -> None:
+    """The low-level protocol, without our criterion, gives the same."""
+    oracle = expected(case, "mean")
+    max_grad_norm = oracle.total_norm().median().item()
+    model, inputs, target = case.make()
+    wrapper = ENTRIES[entry](model, batch_first=case.batch_first, max_grad_norm=max_grad_norm)
+    output = (wrapper if entry == "wrapped" else model)(*inputs)
+    batch_axis = 0 if case.batch_first else 1
+    criterion = case.loss("mean")
+    loss = torch.stack(
+        [criterion(output.narrow(batch_axis, n, 1), target.narrow(0, n, 1)) for n in range(N)]
+    )
+
+    loss.mean().backward(retain_graph=True)
+    coef = wrapper.get_clipping_coef()
+    wrapper.disable_hooks()
+    (coef * loss).sum().backward()
+    wrapper.enable_hooks()
+
+    clipped = oracle.clipped_sum(max_grad_norm)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            assert_equal(param._norm_sample, oracle.norms()[name], f"norms of {name}")
+            assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
+
+
+def test_every_norm_sampler_has_a_case() -> None:
+    covered = {layer for case in CASES for layer in case.covers}
+    assert covered == set(NORM_SAMPLERS)
