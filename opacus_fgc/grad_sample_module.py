@@ -12,8 +12,9 @@ import torch
 from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
 from opacus.grad_sample import GradSampleModule
 from opacus.layers.dp_rnn import DPRNNBase
-from opacus.utils.module_utils import has_trainable_params, trainable_parameters
+from opacus.utils.module_utils import has_trainable_params, trainable_modules, trainable_parameters
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_sampler
@@ -29,7 +30,31 @@ def check_loss_reduction(loss_reduction: object) -> None:
         raise ValueError(f"loss_reduction is {loss_reduction!r}; it is either 'mean' or 'sum'")
 
 
-def create_norm_sample(*, param: nn.Parameter, grad_sample: Tensor, max_batch_len: int) -> None:
+def describe(name: str, module: nn.Module) -> str:
+    """What to call a layer in errors, given its name in the model."""
+    return f"layer '{name}' ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
+
+
+def _refuse_buffers(model: nn.Module) -> None:
+    for name, module in trainable_modules(model):
+        buffers = [buffer for buffer, _ in module.named_buffers()]
+        if buffers:
+            raise NotImplementedError(
+                f"{describe(name, module)} is trainable and has buffers ({', '.join(buffers)}), which may carry "
+                "one sample's data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so for batch "
+                "norms), freeze its parameters, or pass strict=False to the wrapper if its buffers are constants"
+            )
+
+
+def _refuse_packed_sequences(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if args and isinstance(args[0], PackedSequence):
+        raise NotImplementedError(
+            f"{describe(name, module)} was called on a PackedSequence, whose rows are not in the order of the batch; pad the "
+            "sequences (torch.nn.utils.rnn.pad_sequence) and ignore the padding in the loss"
+        )
+
+
+def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
     """Sets ``param._norm_sample`` to the norms of given per-sample gradients.
 
     Args:
@@ -73,6 +98,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     """
 
     NORM_SAMPLERS = NORM_SAMPLERS
+    hooks_enabled: bool
 
     def __init__(
         self,
@@ -90,11 +116,12 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         if hasattr(m, "autograd_grad_sample_hooks"):
             raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
         self.clipping = FlatClipping(max_grad_norm)
-        self.validate(module=m, strict=strict)
+        if strict:
+            _refuse_buffers(m)
         self.record: Record | None = None
         self.clipped_sum = ClippedSum()
         self._sampling = False
-        self._second_pass: dict[nn.Parameter, Tensor] | None = None
+        self._second_pass: dict[Any, Tensor] | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         super().__init__(
             m,
@@ -143,11 +170,15 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             # First of all hooks, so that the tap sees what the layer itself returned.
             handle = layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True)
             self.autograd_grad_sample_hooks.append(handle)
+        for name, module in self._module.named_modules():
+            if isinstance(module, DPRNNBase):
+                refuse = partial(_refuse_packed_sequences, name)
+                self.autograd_grad_sample_hooks.append(module.register_forward_pre_hook(refuse))
         for _, param in trainable_parameters(self._module):
             self.autograd_grad_sample_hooks.append(param.register_hook(partial(self._collect_second_pass, param)))
         self.enable_hooks()
 
-    def capture_activations_hook(  # type: ignore[override]
+    def capture_activations_hook(
         self, module: nn.Module, forward_input: tuple[Any, ...], forward_kwargs: dict[str, Any], forward_output: Any
     ) -> Any:
         """Forward hook of each layer: returns its output with a tap on it.
@@ -190,7 +221,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
 
     # Norms
 
-    def capture_backprops_hook(  # type: ignore[override]
+    def capture_backprops_hook(
         self,
         module: nn.Module,
         _forward_input: Call,
@@ -213,7 +244,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         assert self.record is not None
         check_loss_reduction(loss_reduction)
-        name = self._describe(module)
+        name = describe(self._names.get(module, ""), module)
         sampler = find_sampler(module, self.force_functorch)
         self._sampling = True
         try:
@@ -230,16 +261,12 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         for param, norm in self.record.receive(name, forms).items():
             param._norm_sample = norm
 
-    def _describe(self, module: nn.Module) -> str:
-        name = self._names.get(module, "")
-        return f"layer '{name}' ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
-
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
         return Dense(form.materialize()) if materialize else form
 
     @staticmethod
-    def _check_complete(module: nn.Module, sampler: Sampler, forms: dict[nn.Parameter, PerSampleGradient]) -> None:
+    def _check_complete(module: nn.Module, sampler: Sampler, forms: dict[Any, PerSampleGradient]) -> None:
         for name, param in module.named_parameters(recurse=sampler.covers_children):
             if param.requires_grad and param not in forms:
                 raise NotImplementedError(
@@ -256,7 +283,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     @contextmanager
     def hooks_off(self) -> Iterator[None]:
         """A context in which taps do nothing."""
-        enabled, self.hooks_enabled = self.hooks_enabled, False
+        enabled = self.hooks_enabled
+        self.hooks_enabled = False
         try:
             yield
         finally:
@@ -354,7 +382,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 "waiting for optimizer.step(); change it after the step"
             )
 
-    def add_to_clipped_sum(self, gradients: Iterable[tuple[nn.Parameter, Tensor | None]]) -> None:
+    def add_to_clipped_sum(self, gradients: Iterable[tuple[Any, Tensor | None]]) -> None:
         """Adds the clipped sum of one backward pass to the parameters' ``summed_grad``.
 
         Args:
@@ -372,7 +400,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 summed.add_(gradient)
         self.clipped_sum = ClippedSum(self.clipped_sum.passes + 1, self.max_grad_norm)
 
-    def _collect_second_pass(self, param: nn.Parameter, gradient: Tensor) -> None:
+    def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
         """Hook of each parameter: sees the gradients of a second pass that is written by hand."""
         if self._second_pass is not None and not self.hooks_enabled:
             self._second_pass[param] = gradient

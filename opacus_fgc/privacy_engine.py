@@ -10,6 +10,9 @@ from opacus import PrivacyEngine as OpacusPrivacyEngine
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.optimizers import DPOptimizer
+from opacus.utils.module_utils import trainable_modules
+from opacus.validators import ModuleValidator
+from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +23,7 @@ from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
     check_loss_reduction,
+    describe,
 )
 from opacus_fgc.loss import DPLossFastGradientClipping, check_criterion
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier
@@ -68,7 +72,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         module: nn.Module,
         *,
         batch_first: bool = True,
-        max_grad_norm: float | list[float] = 1.0,
+        max_grad_norm: Any = 1.0,
         loss_reduction: str = "mean",
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
@@ -154,6 +158,11 @@ def _check_arguments(
             f"clipping is {clipping!r}; ghost clipping clips flat, by one norm over all parameters. Pass clipping='flat', or "
             "grad_sample_mode='hooks' for Opacus' other ways"
         )
+    for name, layer in trainable_modules(module):
+        for error in ModuleValidator.VALIDATORS.get(type(layer), lambda layer: [])(layer):
+            raise UnsupportedModuleError(
+                f"{describe(name, layer)}: {error} Call opacus.validators.ModuleValidator.fix(model) before the optimizer is made"
+            )
     if isinstance(module, (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel, FSDPModule)):
         raise NotImplementedError(
             f"{type(module).__name__} is not supported by this package's ghost clipping; train in one process, or use Opacus' "
@@ -166,7 +175,9 @@ def _check_arguments(
     if len(data_loader) == 0:
         raise ValueError("the data loader has no batches, so there is no sampling rate to account for")
     params = set(module.parameters())
-    strangers = [param for param in chain(*(group["params"] for group in optimizer.param_groups)) if param not in params]
+    strangers = [
+        param for param in chain(*(group["params"] for group in optimizer.param_groups)) if param not in params
+    ]
     if strangers:
         shapes = ", ".join(str(tuple(param.shape)) for param in strangers[:5])
         raise ValueError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opacus_fgc import per_sample
 from opacus_fgc.per_sample import PerSampleGradient
@@ -25,20 +26,20 @@ class Record:
     def __init__(self, loss_reduction: str) -> None:
         self.loss_reduction = loss_reduction
         self.batch_size: int | None = None
-        self._expected: Counter[nn.Parameter] = Counter()
-        self._forms: dict[nn.Parameter, list[PerSampleGradient]] = {}
-        self._norms: dict[nn.Parameter, Tensor] = {}
+        self._expected: Counter[Any] = Counter()
+        self._forms: dict[Any, list[PerSampleGradient]] = {}
+        self._norms: dict[Any, Tensor] = {}
 
     @property
     def receiving(self) -> bool:
         """Whether backward has begun."""
         return self.batch_size is not None
 
-    def expect(self, params: Iterable[nn.Parameter]) -> None:
+    def expect(self, params: Iterable[Tensor]) -> None:
         """Notes one more use of each parameter in forward."""
         self._expected.update(params)
 
-    def receive(self, layer: str, forms: Mapping[nn.Parameter, PerSampleGradient]) -> dict[nn.Parameter, Tensor]:
+    def receive(self, layer: str, forms: Mapping[Any, PerSampleGradient]) -> dict[Any, Tensor]:
         """Takes in the per-sample gradients of one call of a layer.
 
         Args:
@@ -74,7 +75,7 @@ class Record:
         self._norms.update(complete)
         return complete
 
-    def norms(self, params: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
         """The norms of the per-sample gradients of these parameters; 0 for a parameter that the loss does not use.
 
         Returns:

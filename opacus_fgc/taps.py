@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -47,7 +47,7 @@ Receiver = Callable[[Call, tuple[Tensor, ...]], None]
 class _Pending:
     """All of a call but its tensors, which autograd keeps."""
 
-    def __init__(self, params: frozenset[nn.Parameter], receive: Receiver) -> None:
+    def __init__(self, params: frozenset[Tensor], receive: Receiver) -> None:
         self.params = params
         self.receive = receive
         self.leaves: list[Any] = []
@@ -58,6 +58,7 @@ class _Pending:
         self.autocast = (False, torch.float32)
 
     def with_activations(self, activations: tuple[Tensor, ...]) -> Call:
+        """The call, with its tensors in their places."""
         leaves = list(self.leaves)
         for position, activation in zip(self.positions, activations, strict=True):
             leaves[position] = activation
@@ -75,6 +76,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, pending: _Pending, anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns aliases of the outputs, and has autograd keep the activations."""
         count = len(pending.outputs)
         ctx.pending = pending
         ctx.activation_count = len(tensors) - count
@@ -85,6 +87,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:
+        """Shows the backprops and passes them on."""
         ctx.pending.receive(ctx.pending.with_activations(ctx.saved_tensors), backprops)
         return (None, None, *backprops, *[None] * ctx.activation_count)
 
@@ -94,7 +97,7 @@ def tap(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     anchor: Tensor,
-    params: Iterable[nn.Parameter],
+    params: Iterable[Tensor],
     receive: Receiver,
     fingerprint: Callable[[list[Tensor]], Any],
 ) -> Any:
@@ -132,7 +135,7 @@ def tap(
     return tree_unflatten(outputs, output_spec)
 
 
-def untapped(loss: Tensor, params: Iterable[nn.Parameter]) -> set[nn.Parameter]:
+def untapped(loss: Tensor, params: Iterable[Tensor]) -> set[Tensor]:
     """The parameters that a loss depends on by a way on which no tap stands.
 
     Their gradients would escape the norms: a weight used by another module than its own (``F.linear(x,

@@ -51,6 +51,7 @@ class Case:
         batch_first: as for `make_private`; inputs have their batch second if not.
         covers: layer types of `NORM_SAMPLERS` that this is the case of.
         functorch: whether torch.func can do this model as well.
+        empty: whether the model's own forward takes an empty batch.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Case:
     batch_first: bool = True
     covers: list[type[nn.Module]] = field(default_factory=list)
     functorch: bool = True
+    empty: bool = True
 
     def make(self, n: int = N, seed: int = 0) -> tuple[nn.Module, tuple[Any, ...], Tensor]:
         """Model, inputs and target, the same ones for the same seed."""
@@ -200,12 +202,22 @@ def conv_cases() -> list[Case]:
     covers = {"conv1d": [nn.Conv1d], "conv2d": [nn.Conv2d], "conv3d": [nn.Conv3d]}
     cases = [Case(id, module, [floats(*shape)], covers=covers.get(id, [])) for id, module, shape in rows]
     for id, function in (("conv2d-channels-last", channels_last), ("conv2d-permuted", permuted_conv)):
-        cases.append(Case(id, lambda function=function: Apply(function, conv=nn.Conv2d(4, 6, 3, groups=2)), [floats(4, 6, 4)] if function is permuted_conv else [floats(4, 6, 5)]))
+        cases.append(
+            Case(
+                id,
+                lambda function=function: Apply(function, conv=nn.Conv2d(4, 6, 3, groups=2)),
+                [floats(4, 6, 4)] if function is permuted_conv else [floats(4, 6, 5)],
+            )
+        )
     return cases
 
 
 def recurrent(kind: Callable, **options: Any) -> nn.Module:
-    return Apply(lambda m, x: m.head(m.rnn(x)[0]), rnn=kind(3, 4, **options), head=nn.Linear(8 if "bidirectional" in options else 4, 2))
+    return Apply(
+        lambda m, x: m.head(m.rnn(x)[0]),
+        rnn=kind(3, 4, **options),
+        head=nn.Linear(8 if "bidirectional" in options else 4, 2),
+    )
 
 
 def tied_language_model(loss_target: int = 11) -> nn.Module:
@@ -249,15 +261,29 @@ CASES = [
         classes,
     ),
     Case("in-place", lambda: Apply(relu_in_place, a=nn.Linear(4, 4), b=nn.Linear(4, 3)), [floats(4)]),
-    Case("frozen-layer-between", lambda: frozen(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)), "1.weight", "1.bias"), [floats(3)]),
+    Case(
+        "frozen-layer-between",
+        lambda: frozen(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 5), nn.Linear(5, 2)), "1.weight", "1.bias"),
+        [floats(3)],
+    ),
     Case("embedding", lambda: nn.Embedding(7, 3), [tokens(7, 6)], covers=[nn.Embedding]),
     Case("embedding-1d", lambda: nn.Embedding(7, 3), [tokens(7)]),
     Case("embedding-3d", lambda: nn.Embedding(7, 3), [tokens(7, 2, 3)]),
     Case("embedding-padding", lambda: nn.Embedding(4, 3, padding_idx=2), [tokens(4, 6)]),
     Case("embedding-sparse", lambda: nn.Embedding(7, 3, sparse=True), [tokens(7, 6)], functorch=False),
-    Case("embedding-expanded", lambda: Apply(lambda m, x: m.a(x[:, None].expand(-1, 4)), a=nn.Embedding(7, 3)), [tokens(7)]),
+    Case(
+        "embedding-expanded",
+        lambda: Apply(lambda m, x: m.a(x[:, None].expand(-1, 4)), a=nn.Embedding(7, 3)),
+        [tokens(7)],
+    ),
     Case("embedding-int32", lambda: Apply(lambda m, x: m.a(x.int()), a=nn.Embedding(7, 3)), [tokens(7, 6)]),
-    Case("embedding-bag-sum", lambda: nn.EmbeddingBag(5, 3, mode="sum"), [tokens(5, 6)], covers=[nn.EmbeddingBag], functorch=False),
+    Case(
+        "embedding-bag-sum",
+        lambda: nn.EmbeddingBag(5, 3, mode="sum"),
+        [tokens(5, 6)],
+        covers=[nn.EmbeddingBag],
+        functorch=False,
+    ),
     Case("embedding-bag-mean", lambda: nn.EmbeddingBag(5, 3, padding_idx=1), [tokens(5, 6)], functorch=False),
     Case(
         "embedding-bag-weights",
@@ -280,12 +306,37 @@ CASES = [
     Case("rms-norm-eps", lambda: nn.RMSNorm((3, 4), eps=1e-3), [floats(2, 3, 4)]),
     Case("group-norm", lambda: nn.GroupNorm(2, 4), [floats(4, 3, 3)], covers=[nn.GroupNorm]),
     Case("group-norm-2d", lambda: nn.GroupNorm(2, 8), [floats(8)]),
-    Case("instance-norm-1d", lambda: nn.InstanceNorm1d(3, affine=True), [floats(3, 5)], covers=[nn.InstanceNorm1d]),
-    Case("instance-norm-2d", lambda: nn.InstanceNorm2d(3, affine=True), [floats(3, 4, 4)], covers=[nn.InstanceNorm2d]),
-    Case("instance-norm-3d", lambda: nn.InstanceNorm3d(2, affine=True), [floats(2, 2, 3, 3)], covers=[nn.InstanceNorm3d]),
+    Case(
+        "instance-norm-1d",
+        lambda: nn.InstanceNorm1d(3, affine=True),
+        [floats(3, 5)],
+        covers=[nn.InstanceNorm1d],
+        empty=False,
+    ),
+    Case(
+        "instance-norm-2d",
+        lambda: nn.InstanceNorm2d(3, affine=True),
+        [floats(3, 4, 4)],
+        covers=[nn.InstanceNorm2d],
+        empty=False,
+    ),
+    Case(
+        "instance-norm-3d",
+        lambda: nn.InstanceNorm3d(2, affine=True),
+        [floats(2, 2, 3, 3)],
+        covers=[nn.InstanceNorm3d],
+        empty=False,
+    ),
     Case("rnn-linear", lambda: RNNLinear(3, 4), [floats(3)], covers=[RNNLinear]),
     Case("lstm", lambda: recurrent(DPLSTM, batch_first=True), [floats(5, 3)]),
-    Case("lstm-batch-second", lambda: recurrent(DPLSTM), [floats(6, 3)], tokens(2, 6), lambda r: OfTimeFirst(classes(r)), batch_first=False),
+    Case(
+        "lstm-batch-second",
+        lambda: recurrent(DPLSTM),
+        [floats(6, 3)],
+        tokens(2, 6),
+        lambda r: OfTimeFirst(classes(r)),
+        batch_first=False,
+    ),
     Case("gru", lambda: recurrent(DPGRU, batch_first=True, num_layers=2), [floats(4, 3)]),
     Case("rnn-bidirectional", lambda: recurrent(DPRNN, batch_first=True, bidirectional=True), [floats(4, 3)]),
     Case("sequence-bias", lambda: SequenceBias(3, batch_first=True), [floats(4, 3)], covers=[SequenceBias]),
@@ -293,16 +344,25 @@ CASES = [
         "attention",
         lambda: Apply(lambda m, x: m.a(x, x, x)[0], a=DPMultiheadAttention(4, 2, add_bias_kv=True, batch_first=True)),
         [floats(3, 4)],
+        empty=False,
     ),
     Case("tied-head", tied_language_model, [tokens(11, 4)], tokens(11, 4), classes),
     Case("ignored-tokens", tied_language_model, [tokens(11, 4)], tokens_and_padding, IgnoringLoss),
     Case("used-twice", lambda: Apply(lambda m, x: m.a(F.relu(m.a(x))), a=nn.Linear(4, 4)), [floats(3, 4)]),
-    Case("used-at-two-lengths", lambda: Apply(lambda m, x: m.a(x).sum(1) + m.a(x[:, 0]), a=nn.Linear(4, 4)), [floats(3, 4)]),
+    Case(
+        "used-at-two-lengths",
+        lambda: Apply(lambda m, x: m.a(x).sum(1) + m.a(x[:, 0]), a=nn.Linear(4, 4)),
+        [floats(3, 4)],
+    ),
     Case("conv-used-twice", lambda: Apply(lambda m, x: m.a(F.relu(m.a(x))), a=nn.Conv2d(2, 2, 3)), [floats(2, 6, 6)]),
     Case(
-        "norm-used-twice", lambda: Apply(lambda m, x: m.n(m.a(m.n(x))), n=nn.LayerNorm(4), a=nn.Linear(4, 4)), [floats(3, 4)]
+        "norm-used-twice",
+        lambda: Apply(lambda m, x: m.n(m.a(m.n(x))), n=nn.LayerNorm(4), a=nn.Linear(4, 4)),
+        [floats(3, 4)],
     ),
-    Case("embedding-used-twice", lambda: Apply(lambda m, x: m.a(x) + m.a(x[:, :1]), a=nn.Embedding(6, 3)), [tokens(6, 4)]),
+    Case(
+        "embedding-used-twice", lambda: Apply(lambda m, x: m.a(x) + m.a(x[:, :1]), a=nn.Embedding(6, 3)), [tokens(6, 4)]
+    ),
     Case(
         "module-with-two-names",
         lambda: (lambda a: nn.Sequential(a, nn.ReLU(), nn.Sequential(a, nn.Linear(4, 2))))(nn.Linear(4, 4)),
@@ -330,13 +390,17 @@ CASES = [
     ),
     Case("unused-layer", lambda: Apply(lambda m, x: m.a(x), a=nn.Linear(3, 4), b=nn.Linear(3, 4)), [floats(3)]),
     Case(
-        "unused-output", lambda: Apply(lambda m, x: [m.a(x), m.b(x)][0], a=nn.Linear(3, 4), b=nn.Linear(3, 4)), [floats(3)]
+        "unused-output",
+        lambda: Apply(lambda m, x: [m.a(x), m.b(x)][0], a=nn.Linear(3, 4), b=nn.Linear(3, 4)),
+        [floats(3)],
     ),
     Case("custom-with-child", ScaleByOwn, [floats(3, 4)]),
     Case(
         "custom-two-inputs",
         lambda: Apply(
-            lambda m, x, s: (lambda y, d: m.head(y + d["second"]))(*m.a(x, scale=s)), a=TwoInputs(), head=nn.Linear(4, 2)
+            lambda m, x, s: (lambda y, d: m.head(y + d["second"]))(*m.a(x, scale=s)),
+            a=TwoInputs(),
+            head=nn.Linear(4, 2),
         ),
         [floats(3), floats(3)],
     ),

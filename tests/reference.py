@@ -36,7 +36,7 @@ class Reference:
         return torch.stack(list(self.norms().values())).norm(dim=0)
 
     def clipped_sum(self, max_grad_norm: float) -> dict[str, Tensor]:
-        total = {name: torch.zeros_like(gradient[0]) for name, gradient in self.gradients.items()}
+        total = {name: gradient.new_zeros(gradient.shape[1:]) for name, gradient in self.gradients.items()}
         for n, norm in enumerate(self.total_norm()):
             coef = 1.0 if norm <= max_grad_norm else max_grad_norm / norm
             for name, gradient in self.gradients.items():
@@ -63,4 +63,7 @@ def reference(
             row = torch.zeros_like(param) if gradient is None else gradient
             rows[name].append(row.to_dense() if row.layout != torch.strided else row)
         losses.append(loss.detach())
-    return Reference({name: torch.stack(row) for name, row in rows.items()}, torch.stack(losses))
+    gradients = {
+        name: torch.stack(row) if row else params[name].new_zeros(0, *params[name].shape) for name, row in rows.items()
+    }
+    return Reference(gradients, torch.stack(losses) if losses else torch.zeros(0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from opacus_fgc import (
     NORM_SAMPLERS,
     DPLossFastGradientClipping,
@@ -11,7 +12,7 @@ from opacus_fgc import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
 )
-from tests.cases import CASES, N, Case
+from tests.cases import CASES, Case, N
 from tests.reference import Reference, reference
 
 ENTRIES = {"wrapped": GradSampleModuleFastGradientClipping, "hooks": GradSampleHooksFastGradientClipping}
@@ -89,9 +90,7 @@ def test_two_passes_by_hand(case: Case, entry: str) -> None:
     output = (wrapper if entry == "wrapped" else model)(*inputs)
     batch_axis = 0 if case.batch_first else 1
     criterion = case.loss("mean")
-    loss = torch.stack(
-        [criterion(output.narrow(batch_axis, n, 1), target.narrow(0, n, 1)) for n in range(N)]
-    )
+    loss = torch.stack([criterion(output.narrow(batch_axis, n, 1), target.narrow(0, n, 1)) for n in range(N)])
 
     loss.mean().backward(retain_graph=True)
     coef = wrapper.get_clipping_coef()

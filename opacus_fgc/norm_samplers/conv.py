@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_fgc.norm_samplers.registry import refuse_unbatched, register_norm_sampler
-from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, at_least_float32
+from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_norm_sampler
+from opacus_fgc.per_sample import Dense, Outer, at_least_float32
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -41,11 +41,11 @@ def _patches(layer: Conv, activations: Tensor) -> Tensor:
 
 
 @register_norm_sampler([nn.Conv1d, nn.Conv2d, nn.Conv3d])
-def convolution(layer: Conv, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, PerSampleGradient]:
+def convolution(layer: Conv, activations: list[Tensor], backprops: Tensor) -> Forms:
     """A convolution is a linear map of the patches that its kernel sees (Rochette et al. 2019, arXiv:1912.06015)."""
     refuse_unbatched(backprops, 2 + len(layer.kernel_size))
     left = backprops.flatten(2)
-    forms: dict[nn.Parameter, PerSampleGradient] = {}
+    forms: Forms = {}
     if layer.weight.requires_grad:
         grouped = left.unflatten(1, (layer.groups, layer.out_channels // layer.groups)).mT
         patches = _patches(layer, activations[0].to(left.dtype))

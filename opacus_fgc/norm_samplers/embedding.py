@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from opacus_fgc.norm_samplers.registry import register_norm_sampler
-from opacus_fgc.per_sample import PerSampleGradient, Rows
+from opacus_fgc.norm_samplers.registry import Forms, register_norm_sampler
+from opacus_fgc.per_sample import Rows
 
 
 def _refuse_mixing(layer: nn.Embedding | nn.EmbeddingBag) -> None:
@@ -23,9 +23,7 @@ def _refuse_mixing(layer: nn.Embedding | nn.EmbeddingBag) -> None:
 
 
 @register_norm_sampler(nn.Embedding)
-def embedding(
-    layer: nn.Embedding, activations: list[Tensor], backprops: Tensor
-) -> dict[nn.Parameter, PerSampleGradient]:
+def embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> Forms:
     """Each token adds its backprop to its row; the padding row has no gradient."""
     _refuse_mixing(layer)
     index = activations[0].reshape(len(backprops), activations[0][:1].numel())
@@ -53,9 +51,7 @@ def _bags(layer: nn.EmbeddingBag, activations: list[Tensor], bags: int) -> tuple
 
 
 @register_norm_sampler(nn.EmbeddingBag)
-def embedding_bag(
-    layer: nn.EmbeddingBag, activations: list[Tensor], backprops: Tensor
-) -> dict[nn.Parameter, PerSampleGradient]:
+def embedding_bag(layer: nn.EmbeddingBag, activations: list[Tensor], backprops: Tensor) -> Forms:
     """Each token adds its bag's backprop, weighted as in the bag, to its row; one bag a sample."""
     _refuse_mixing(layer)
     if layer.mode == "max":

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from opacus_fgc.per_sample import Dense, PerSampleGradient, at_least_float32
+from opacus_fgc.norm_samplers.registry import Forms
+from opacus_fgc.per_sample import Dense, at_least_float32
 from opacus_fgc.taps import Call
 
 
@@ -28,9 +29,7 @@ class Functorch:
         """The norm of each output, to be compared with the repeated forward's."""
         return _output_norms(outputs)
 
-    def __call__(
-        self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...], batch_dim: int
-    ) -> dict[nn.Parameter, PerSampleGradient]:
+    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...], batch_dim: int) -> Forms:
         """The forms of all trainable parameters in the layer.
 
         Raises:
@@ -57,11 +56,14 @@ class Functorch:
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         in_dims = [
-            batch_dim if tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch_size else None for tensor in tensors
+            batch_dim if tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch_size else None
+            for tensor in tensors
         ]
         device, (autocast, dtype) = backprops[0].device.type, call.autocast
 
-        def loss(params: dict[str, Tensor], tensors: list[Tensor], backprops: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        def loss(
+            params: dict[str, Tensor], tensors: list[Tensor], backprops: list[Tensor]
+        ) -> tuple[Tensor, list[Tensor]]:
             one = iter(
                 tensor if dim is None else tensor.unsqueeze(batch_dim)
                 for tensor, dim in zip(tensors, in_dims, strict=True)

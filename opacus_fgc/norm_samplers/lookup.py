@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from opacus_fgc.norm_samplers.functorch import Functorch
-from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
+from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient
 from opacus_fgc.taps import Call
 
@@ -29,20 +29,24 @@ class Registered:
 
     covers_children = False
 
-    def __init__(self, function: Callable[..., Mapping], as_form: Callable[[Any, torch.Size], PerSampleGradient]) -> None:
+    def __init__(
+        self, function: Callable[..., Mapping], as_form: Callable[[Any, torch.Size], PerSampleGradient]
+    ) -> None:
         self._function = function
         self._as_form = as_form
 
     def fingerprint(self, outputs: list[Tensor]) -> None:
         """Needs to know nothing about the outputs."""
 
-    def __call__(
-        self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...], batch_dim: int
-    ) -> dict[nn.Parameter, PerSampleGradient]:
+    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...], batch_dim: int) -> Forms:
         """The forms of the layer's parameters; see `registry.register_norm_sampler`."""
         if len(backprops) != 1:
-            raise NotImplementedError(f"a registered sampler takes layers with one output, this one has {len(backprops)}")
-        activations = [tensor.movedim(batch_dim, 0) if tensor.dim() > batch_dim else tensor for tensor in call.activations]
+            raise NotImplementedError(
+                f"a registered sampler takes layers with one output, this one has {len(backprops)}"
+            )
+        activations = [
+            tensor.movedim(batch_dim, 0) if tensor.dim() > batch_dim else tensor for tensor in call.activations
+        ]
         gradients = self._function(layer, activations, backprops[0].movedim(batch_dim, 0))
         return {param: self._as_form(gradient, param.shape) for param, gradient in gradients.items()}
 

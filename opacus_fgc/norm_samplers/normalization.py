@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_fgc.norm_samplers.registry import refuse_unbatched, register_norm_sampler
-from opacus_fgc.per_sample import Dense, PerSampleGradient, at_least_float32
-
-InstanceNorm = nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d
+from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_norm_sampler
+from opacus_fgc.per_sample import Dense, at_least_float32
 
 
-def _scale_and_shift(
-    layer: nn.Module, normalized: Tensor, backprops: Tensor, axes: tuple[int, ...]
-) -> dict[nn.Parameter, PerSampleGradient]:
+def _scale_and_shift(layer: nn.Module, normalized: Tensor, backprops: Tensor, axes: tuple[int, ...]) -> Forms:
     """The forms of ``weight`` and, where there is one, ``bias``; ``axes`` are those that the parameters are shared over."""
     weight, bias = layer.weight, getattr(layer, "bias", None)
     backprops = at_least_float32(backprops)
-    forms: dict[nn.Parameter, PerSampleGradient] = {}
+    forms: Forms = {}
     if weight is not None and weight.requires_grad:
         product = normalized * backprops
         forms[weight] = Dense(product.sum(axes) if axes else product)
@@ -27,23 +26,21 @@ def _scale_and_shift(
 
 
 @register_norm_sampler([nn.LayerNorm, nn.RMSNorm])
-def norm_of_last_axes(
-    layer: nn.LayerNorm | nn.RMSNorm, activations: list[Tensor], backprops: Tensor
-) -> dict[nn.Parameter, PerSampleGradient]:
+def norm_of_last_axes(layer: nn.LayerNorm | nn.RMSNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
     """Layers that normalize the last axes of ``(N, *, *normalized_shape)``."""
     axes = tuple(range(1, backprops.dim() - len(layer.normalized_shape)))
-    normalize = F.layer_norm if isinstance(layer, nn.LayerNorm) else F.rms_norm
+    normalize: Callable[..., Tensor] = F.layer_norm if isinstance(layer, nn.LayerNorm) else F.rms_norm
     normalized = normalize(at_least_float32(activations[0]), layer.normalized_shape, eps=layer.eps)
     return _scale_and_shift(layer, normalized, backprops, axes)
 
 
 @register_norm_sampler([nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
-def norm_of_channels(
-    layer: nn.GroupNorm | InstanceNorm, activations: list[Tensor], backprops: Tensor
-) -> dict[nn.Parameter, PerSampleGradient]:
+def norm_of_channels(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
     """Layers on ``(N, channels, *)`` with a weight for each channel; an instance norm is a group norm with a group a channel."""
-    is_group_norm = isinstance(layer, nn.GroupNorm)
-    groups = layer.num_groups if is_group_norm else layer.num_features
-    refuse_unbatched(backprops, 2 if is_group_norm else 1 + layer._get_no_batch_dim())
+    if isinstance(layer, nn.GroupNorm):
+        groups, dims = layer.num_groups, 2
+    else:
+        groups, dims = layer.num_features, 1 + layer._get_no_batch_dim()
+    refuse_unbatched(backprops, dims)
     normalized = F.group_norm(at_least_float32(activations[0]), groups, eps=layer.eps)
     return _scale_and_shift(layer, normalized, backprops, tuple(range(2, backprops.dim())))

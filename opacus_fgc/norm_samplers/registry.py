@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from opacus_fgc.per_sample import PerSampleGradient
 
-NormSampler = Callable[[nn.Module, list[Tensor], Tensor], dict[nn.Parameter, "PerSampleGradient | Tensor"]]
+Forms = dict[Any, PerSampleGradient]
+"""The form of each parameter's per-sample gradients."""
+
+NormSampler = Callable[[Any, list[Tensor], Tensor], Mapping[Any, "PerSampleGradient | Tensor"]]
 
 NORM_SAMPLERS: dict[type[nn.Module], NormSampler] = {}
 """``{layer type: norm sampler}``. Opacus' ``GRAD_SAMPLERS`` serves the layers that are not in it."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from opacus.layers.dp_multihead_attention import SequenceBias
-from torch import Tensor, nn
+from torch import Tensor
 
-from opacus_fgc.norm_samplers.registry import register_norm_sampler
-from opacus_fgc.per_sample import Dense, PerSampleGradient
+from opacus_fgc.norm_samplers.registry import Forms, register_norm_sampler
+from opacus_fgc.per_sample import Dense
 
 
 @register_norm_sampler(SequenceBias)
-def sequence_bias(
-    layer: SequenceBias, activations: list[Tensor], backprops: Tensor
-) -> dict[nn.Parameter, PerSampleGradient]:
+def sequence_bias(layer: SequenceBias, activations: list[Tensor], backprops: Tensor) -> Forms:
     """The bias is the last element of every sequence."""
     return {layer.bias: Dense(backprops[:, -1])}

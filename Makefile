@@ -1,0 +1,21 @@
+PYTHON ?= python3
+TOX := .venv/bin/tox
+
+.PHONY: demo test lint type clean
+
+demo: $(TOX)  ## private training on real data
+	$(TOX) run -q -e demo -- $(ARGS)
+
+test: $(TOX)  ## all tests
+	$(TOX) run -e torch213 -- $(ARGS)
+
+lint type: $(TOX)
+	$(TOX) run -e $@
+
+clean:
+	rm -rf .tox .venv
+
+$(TOX):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check "tox>=4.20"

@@ -1,0 +1,104 @@
+"""The forms: norm, weighted sum and inner product are those of the gradients they stand for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from opacus_fgc import per_sample
+from opacus_fgc.per_sample import Dense, NormOnly, Outer, PerSampleGradient, Rows, Sum
+
+N, ROWS, COLUMNS = 4, 6, 5
+SHAPE = torch.Size((ROWS, COLUMNS))
+
+
+def outer(positions: int, dtype: torch.dtype = torch.float64) -> Outer:
+    left, right = torch.randn(N, positions, ROWS, dtype=dtype), torch.randn(N, positions, COLUMNS, dtype=dtype)
+    return Outer(left, right, SHAPE)
+
+
+def rows(positions: int) -> Rows:
+    return Rows(torch.randint(ROWS, (N, positions)), torch.randn(N, positions, COLUMNS), SHAPE)
+
+
+FORMS = {
+    "dense": lambda: Dense(torch.randn(N, *SHAPE)),
+    "outer-1": lambda: outer(1),
+    "outer-gram": lambda: outer(2),
+    "outer-product": lambda: outer(9),
+    "outer-grouped": lambda: Outer(torch.randn(N, 2, 3, 3), torch.randn(N, 2, 3, COLUMNS), SHAPE),
+    "rows": lambda: rows(8),
+    "rows-1": lambda: rows(1),
+    "rows-0": lambda: rows(0),
+    "sum": lambda: Sum([outer(3), rows(4), Dense(torch.randn(N, *SHAPE))]),
+}
+PAIRS = [pair for pair in itertools.product(FORMS, FORMS) if "outer-grouped" not in pair and "sum" not in pair]
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> PerSampleGradient:
+    torch.manual_seed(0)
+    return FORMS[request.param]()
+
+
+def test_norm(form: PerSampleGradient) -> None:
+    expected = form.materialize().flatten(1).norm(dim=1)
+    torch.testing.assert_close(form.norm(), expected)
+    torch.testing.assert_close(form.squared_norm(), expected**2)
+
+
+def test_weighted_sum(form: PerSampleGradient) -> None:
+    coef = torch.rand(N)
+    expected = sum(c * gradient for c, gradient in zip(coef, form.materialize(), strict=True))
+    torch.testing.assert_close(form.weighted_sum(coef), expected)
+
+
+@pytest.mark.parametrize("first, second", PAIRS)
+def test_sum_of_two(first: str, second: str) -> None:
+    torch.manual_seed(0)
+    a, b = FORMS[first](), FORMS[second]()
+    total = a.materialize() + b.materialize()
+    added = per_sample.add([a, b])
+    torch.testing.assert_close(added.materialize(), total)
+    torch.testing.assert_close(added.norm(), total.flatten(1).norm(dim=1))
+    torch.testing.assert_close(added.weighted_sum(torch.ones(N)), total.sum(0))
+    torch.testing.assert_close(a.inner(b), (a.materialize() * b.materialize()).flatten(1).sum(1))
+
+
+def test_forms_of_one_type_become_one() -> None:
+    assert isinstance(per_sample.add([outer(2), outer(3), outer(1)]), Outer)
+    assert isinstance(per_sample.add([rows(2), rows(3)]), Rows)
+    assert len(per_sample.add([outer(2), rows(3), outer(1), rows(1)]).terms) == 2
+
+
+@pytest.mark.parametrize("positions", [2, 9])
+def test_slices_change_nothing(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = outer(positions)
+    expected = form.norm()
+    monkeypatch.setattr(per_sample, "_SLICE", 1)
+    torch.testing.assert_close(form.norm(), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("positions", [1, 2, 9])
+def test_norms_of_half_precision_are_float32(positions: int, dtype: torch.dtype) -> None:
+    form = outer(positions, dtype)
+    exact = Outer(form.left.double(), form.right.double(), SHAPE)
+    assert form.norm().dtype == torch.float32
+    torch.testing.assert_close(form.norm().double(), exact.norm(), rtol=1e-5, atol=0)
+
+
+def test_norms_do_not_overflow_half_precision() -> None:
+    left, right = torch.full((1, 2, 3), 6e4, dtype=torch.float16), torch.full((1, 2, 4), 6e4, dtype=torch.float16)
+    assert torch.isfinite(Outer(left, right, torch.Size((3, 4))).norm()).all()
+
+
+def test_plain_norms_cannot_be_added() -> None:
+    form = NormOnly(torch.rand(N), SHAPE)
+    for impossible in (form.materialize, lambda: form.weighted_sum(torch.ones(N)), lambda: form.inner(form)):
+        with pytest.raises(NotImplementedError, match="returns norms only"):
+            impossible()
+    with pytest.raises(NotImplementedError, match="returns norms only"):
+        per_sample.add([form, form])

@@ -1,0 +1,258 @@
+"""`make_private`: what comes back, what goes through untouched, checkpoints, and that bad input changes nothing."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import opacus
+import pytest
+import torch
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from opacus_fgc import (
+    DPLossFastGradientClipping,
+    DPOptimizerFastGradientClipping,
+    GradSampleHooksFastGradientClipping,
+    GradSampleModuleFastGradientClipping,
+    PrivacyEngine,
+)
+
+SIZE, BATCH = 40, 8
+
+
+def classifier() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+
+
+def arguments(model: nn.Module, **changes: Any) -> dict[str, Any]:
+    data = TensorDataset(torch.randn(SIZE, 1, 4, 4), torch.randint(3, (SIZE,)))
+    defaults = dict(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(data, batch_size=BATCH),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode="ghost",
+    )
+    return {**defaults, **changes}
+
+
+def train(model: nn.Module, optimizer: Any, criterion: Any, loader: Any, steps: int | None = None) -> None:
+    for step, (x, y) in enumerate(loader):
+        if step == steps:
+            break
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+def test_make_private(wrap_model: bool) -> None:
+    model = classifier()
+    wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(**arguments(model, wrap_model=wrap_model))
+    kind = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
+    assert type(wrapped) is kind
+    assert isinstance(wrapped, GradSampleModule) == wrap_model
+    assert type(optimizer) is DPOptimizerFastGradientClipping and isinstance(optimizer, DPOptimizer)
+    assert type(criterion) is DPLossFastGradientClipping
+    assert isinstance(loader, opacus.data_loader.DPDataLoader)
+    assert optimizer.expected_batch_size == BATCH
+    before = [param.clone() for param in model.parameters()]
+    train(wrapped if wrap_model else model, optimizer, criterion, loader)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+def test_nothing_is_left_behind(wrap_model: bool) -> None:
+    model = classifier()
+    attributes = [set(vars(param)) for param in model.parameters()]
+    module_attributes = [set(vars(module)) for module in model.modules()]
+    wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(**arguments(model, wrap_model=wrap_model))
+    train(wrapped if wrap_model else model, optimizer, criterion, loader, steps=1)
+    if wrap_model:
+        assert wrapped.to_standard_module() is model
+    else:
+        wrapped.cleanup()
+    assert [set(vars(param)) for param in model.parameters()] == attributes
+    assert [set(vars(module)) for module in model.modules()] == module_attributes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(param._backward_hooks for param in model.parameters())
+    PrivacyEngine().make_private(**arguments(model, wrap_model=wrap_model))
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")
+def test_with_epsilon() -> None:
+    engine = PrivacyEngine()
+    keywords = arguments(classifier(), target_epsilon=3.0, target_delta=1e-3, epochs=2)
+    del keywords["noise_multiplier"]
+    model, optimizer, criterion, loader = engine.make_private_with_epsilon(**keywords)
+    for _ in range(2):
+        train(model, optimizer, criterion, loader)
+    assert engine.get_epsilon(1e-3) == pytest.approx(3.0, abs=0.02)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ew", "no_op"])
+def test_other_modes_are_those_of_opacus(mode: str) -> None:
+    results = []
+    for engine in (PrivacyEngine(), opacus.PrivacyEngine()):
+        torch.manual_seed(0)
+        model, optimizer, loader = engine.make_private(
+            **arguments(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), grad_sample_mode=mode)
+        )
+        results.append((type(model), type(optimizer), type(loader)))
+    assert results[0] == results[1]
+    assert not issubclass(results[0][0], GradSampleHooksFastGradientClipping)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_other_mode_gives_the_run_of_opacus() -> None:
+    weights = []
+    for engine in (PrivacyEngine(), opacus.PrivacyEngine()):
+        torch.manual_seed(0)
+        model, optimizer, loader = engine.make_private(**arguments(classifier(), grad_sample_mode="hooks"))
+        train(model, optimizer, nn.CrossEntropyLoss(), loader)
+        weights.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_per_layer_clipping_of_another_mode_goes_through() -> None:
+    keywords = arguments(classifier(), grad_sample_mode="hooks", clipping="per_layer", max_grad_norm=[1.0] * 6)
+    assert len(PrivacyEngine().make_private(**keywords)) == 3
+
+
+def test_checkpoint_keeps_model_optimizer_and_budget() -> None:
+    engine = PrivacyEngine(accountant="rdp")
+    model, optimizer, criterion, loader = engine.make_private(**arguments(classifier()))
+    train(model, optimizer, criterion, loader)
+    file = io.BytesIO()
+    engine.save_checkpoint(path=file, module=model, optimizer=optimizer)
+    file.seek(0)
+
+    resumed = PrivacyEngine(accountant="rdp")
+    other, other_optimizer, other_criterion, other_loader = resumed.make_private(**arguments(classifier()))
+    resumed.load_checkpoint(path=file, module=other, optimizer=other_optimizer)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(optimizer.state[a]["momentum_buffer"], other_optimizer.state[b]["momentum_buffer"])
+    assert resumed.get_epsilon(1e-3) == engine.get_epsilon(1e-3)
+    train(other, other_optimizer, other_criterion, other_loader)
+    train(model, optimizer, criterion, loader)
+    assert resumed.get_epsilon(1e-3) == pytest.approx(engine.get_epsilon(1e-3))
+
+
+def test_model_that_is_wrapped_already() -> None:
+    model, optimizer, _, _ = PrivacyEngine().make_private(**arguments(classifier()))
+    again, optimizer, criterion, loader = PrivacyEngine().make_private(
+        **arguments(model, optimizer=optimizer, max_grad_norm=0.25)
+    )
+    assert again is model
+    assert model.max_grad_norm == optimizer.max_grad_norm == 0.25
+    train(model, optimizer, criterion, loader)
+    with pytest.raises(ValueError, match="wrapped already"):
+        PrivacyEngine().make_private(**arguments(model, optimizer=optimizer, batch_first=False))
+    with pytest.raises(ValueError, match="hooks of Opacus already"):
+        PrivacyEngine().make_private(**arguments(model._module, wrap_model=False))
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1, 4, 4), 0
+
+
+def with_batch_norm() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
+
+
+class WithBuffer(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(16, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+
+def with_buffer() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), WithBuffer())
+
+
+BAD = {
+    "clipping-norm-zero": (classifier, {"max_grad_norm": 0}, ValueError, "max_grad_norm is 0"),
+    "clipping-norm-negative": (classifier, {"max_grad_norm": -1.0}, ValueError, "max_grad_norm is -1.0"),
+    "clipping-norm-nan": (classifier, {"max_grad_norm": math.nan}, ValueError, "max_grad_norm is nan"),
+    "clipping-norm-inf": (classifier, {"max_grad_norm": math.inf}, ValueError, "max_grad_norm is inf"),
+    "clipping-norm-list": (classifier, {"max_grad_norm": [1.0] * 6}, ValueError, "flat clipping needs one"),
+    "clipping-norm-text": (classifier, {"max_grad_norm": "1"}, ValueError, "flat clipping needs one"),
+    "noise-negative": (classifier, {"noise_multiplier": -0.1}, ValueError, "noise_multiplier is -0.1"),
+    "noise-nan": (classifier, {"noise_multiplier": math.nan}, ValueError, "noise_multiplier is nan"),
+    "loss-reduction": (classifier, {"loss_reduction": "none"}, ValueError, "loss_reduction is 'none'"),
+    "loss-reduction-of-criterion": (
+        classifier,
+        {"loss_reduction": "sum"},
+        ValueError,
+        "criterion's reduction is 'mean'",
+    ),
+    "criterion": (classifier, {"criterion": 3}, ValueError, "cannot be called"),
+    "clipping-per-layer": (classifier, {"clipping": "per_layer"}, NotImplementedError, "clipping is 'per_layer'"),
+    "clipping-adaptive": (classifier, {"clipping": "adaptive"}, NotImplementedError, "clipping is 'adaptive'"),
+    "batch-norm": (with_batch_norm, {}, ValueError, r"layer '1' \(BatchNorm2d\).*ModuleValidator.fix"),
+    "buffer": (with_buffer, {}, NotImplementedError, r"layer '1' \(WithBuffer\).*buffers"),
+    "optimizer-of-another-model": (
+        classifier,
+        {"optimizer": torch.optim.SGD(nn.Linear(2, 7).parameters())},
+        ValueError,
+        r"different than optimizer Parameters: 2 .*\(7, 2\)",
+    ),
+    "iterable-data": (classifier, {"data_loader": DataLoader(Endless())}, ValueError, "IterableDataset"),
+    "no-data": (
+        classifier,
+        {"data_loader": DataLoader(TensorDataset(torch.zeros(3, 1)), batch_size=8, drop_last=True)},
+        ValueError,
+        "no batches",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrap_model", [True, False])
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_and_changes_nothing(name: str, wrap_model: bool) -> None:
+    make, changes, error, message = BAD[name]
+    model = make()
+    keywords = arguments(model, wrap_model=wrap_model, **changes)
+    before = [set(vars(thing)) for thing in (*model.modules(), *model.parameters())]
+    with pytest.raises(error, match=message):
+        PrivacyEngine().make_private(**keywords)
+    assert [set(vars(thing)) for thing in (*model.modules(), *model.parameters())] == before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_buffers_are_allowed_on_request() -> None:
+    assert GradSampleModuleFastGradientClipping(with_buffer(), strict=False)
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 0}, {"loss_reduction": "none"}])
+def test_wrapper_refuses_bad_input(options: dict[str, Any]) -> None:
+    model = classifier()
+    with pytest.raises(ValueError, match=next(iter(options))):
+        GradSampleModuleFastGradientClipping(model, **options)
+    assert not hasattr(model, "autograd_grad_sample_hooks")
+
+
+def test_optimizer_and_module_go_by_one_norm() -> None:
+    model = classifier()
+    module = GradSampleModuleFastGradientClipping(model, max_grad_norm=1.0)
+    keywords = dict(noise_multiplier=1.0, expected_batch_size=4)
+    inner = torch.optim.SGD(model.parameters())
+    optimizer = DPOptimizerFastGradientClipping(inner, max_grad_norm=2.0, **keywords)
+    with pytest.raises(ValueError, match=r"max_grad_norm is 2\.0, the module's 1\.0"):
+        DPLossFastGradientClipping(module, optimizer, nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="attached to no wrapped model"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="loss_reduction is 'none'"):
+        DPOptimizerFastGradientClipping(inner, max_grad_norm=1.0, loss_reduction="none", **keywords)
+    optimizer = DPOptimizerFastGradientClipping(inner, max_grad_norm=1.0, loss_reduction="sum", **keywords)
+    with pytest.raises(ValueError, match="that of the optimizer 'sum'"):
+        DPLossFastGradientClipping(module, optimizer, nn.CrossEntropyLoss())

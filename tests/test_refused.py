@@ -1,0 +1,225 @@
+"""Models and loops whose per-sample gradients would come out wrong are refused, by the layer's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from opacus.layers import DPLSTM
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence
+
+from opacus_fgc import GradSampleModuleFastGradientClipping, register_norm_sampler
+from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
+from opacus_fgc.per_sample import Dense
+from tests.cases import Apply
+from tests.test_loss import wrapped
+
+N = 4
+
+
+def backward(model: nn.Module, *inputs: Any) -> None:
+    """A clipped backward pass with a sum of squares as each sample's loss."""
+    module, criterion = wrapped(model, lambda output: output.flatten(1).square().sum(1))
+    # The table is made before the tests' dtype is set.
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    criterion(module(*inputs)).backward()
+
+
+class Mixing(nn.Module):
+    """A batch norm by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean(0)) * self.weight
+
+
+class Random(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x * self.weight, 0.5, training=True)
+
+
+class Shared(Mixing):
+    """Takes a square mask that all samples share, and that looks like a batch of rows."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.einsum("st,ntd->nsd", mask, x) * self.weight
+
+
+CASES = {
+    "functional-use-of-a-weight": (
+        lambda: Apply(lambda m, x: F.linear(m.a(x), m.a.weight), a=nn.Linear(3, 3)),
+        [torch.ones(N, 3)],
+        ValueError,
+        "depends on a.weight past the layer",
+    ),
+    "weight-of-a-child-not-called": (
+        lambda: Apply(lambda m, x: F.linear(m.b(x), m.a.weight), a=nn.Linear(3, 3), b=nn.Linear(3, 3)),
+        [torch.ones(N, 3)],
+        ValueError,
+        "depends on a.weight past the layer",
+    ),
+    "shared-input": (
+        lambda: Apply(lambda m, x: x + m.a(torch.arange(5)[None]), a=nn.Embedding(5, 3)),
+        [torch.ones(N, 5, 3)],
+        ValueError,
+        "batch of",
+    ),
+    "shared-input-among-others": (
+        lambda: Apply(lambda m, x: m.b(x) + m.a(torch.arange(5)[None]), a=nn.Embedding(5, 3), b=nn.Linear(3, 3)),
+        [torch.ones(N, 5, 3)],
+        ValueError,
+        r"layer '[ab]' \((Embedding|Linear)\) was called on a batch of",
+    ),
+    "tokens-as-batch": (
+        lambda: Apply(lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, (N, 5)), a=nn.Linear(3, 3)),
+        [torch.ones(N, 5, 3)],
+        ValueError,
+        "the layers saw a batch of 20",
+    ),
+    "no-batch": (
+        lambda: Apply(lambda m, x: m.a(x[0]) + x, a=nn.Linear(3, 3)),
+        [torch.ones(N, 3)],
+        ValueError,
+        r"layer 'a' \(Linear\): it was called without a batch axis",
+    ),
+    "convolution-without-batch": (
+        lambda: Apply(lambda m, x: m.a(x[0]).expand(N, -1, -1, -1), a=nn.Conv2d(N, 3, 3)),
+        [torch.ones(N, N, 5, 5)],
+        ValueError,
+        r"layer 'a' \(Conv2d\): it was called without a batch axis",
+    ),
+    "embedding-by-frequency": (
+        lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),
+        [torch.ones(N, 2, dtype=torch.long)],
+        NotImplementedError,
+        "scale_grad_by_freq",
+    ),
+    "embedding-bag-max": (
+        lambda: nn.EmbeddingBag(5, 3, mode="max"),
+        [torch.ones(N, 2, dtype=torch.long)],
+        NotImplementedError,
+        "mode 'max'",
+    ),
+    "layer-that-mixes-samples": (
+        lambda: Apply(lambda m, x: m.a(x), a=Mixing()),
+        [torch.arange(12.0).reshape(N, 3)],
+        NotImplementedError,
+        r"layer 'a' \(Mixing\).*another output",
+    ),
+    "layer-that-draws-random-numbers": (
+        lambda: Apply(lambda m, x: m.a(x), a=Random()),
+        [torch.ones(N, 3)],
+        NotImplementedError,
+        r"layer 'a' \(Random\).*torch.func cannot repeat it",
+    ),
+    "input-shared-by-samples": (
+        lambda: Apply(lambda m, x: m.a(x, torch.arange(16.0).reshape(4, 4)), a=Shared()),
+        [torch.randn(N, 4, 3)],
+        NotImplementedError,
+        r"layer 'a' \(Shared\)",
+    ),
+    "packed-sequences": (
+        lambda: Apply(lambda m, x: m.a(pack_sequence(list(x), enforce_sorted=False))[1][0][0], a=DPLSTM(3, 2)),
+        [torch.ones(N, 5, 3)],
+        NotImplementedError,
+        r"layer 'a' \(DPLSTM\).*PackedSequence",
+    ),
+    "no-trainable-layer-in-the-loss": (
+        lambda: Apply(lambda m, x: x.clone().requires_grad_(), a=nn.Linear(3, 3)),
+        [torch.ones(N, 3)],
+        RuntimeError,
+        "does not depend on any trainable layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_refused(name: str) -> None:
+    make, inputs, error, message = CASES[name]
+    with pytest.raises(error, match=message):
+        backward(make(), *inputs)
+
+
+def test_sampler_that_leaves_out_a_parameter() -> None:
+    class Affine(nn.Linear):
+        pass
+
+    @register_norm_sampler(Affine)
+    def incomplete(layer: Affine, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Dense]:
+        return {layer.weight: Dense(backprops.unsqueeze(2) * activations[0].unsqueeze(1))}
+
+    try:
+        with pytest.raises(NotImplementedError, match=r"Affine.*'bias' of shape \(3,\)"):
+            backward(nn.Sequential(Affine(3, 3)), torch.ones(N, 3))
+    finally:
+        del NORM_SAMPLERS[Affine]
+
+
+def test_sampler_with_the_wrong_shape() -> None:
+    class Affine(nn.Linear):
+        pass
+
+    @register_norm_sampler([Affine])
+    def transposed(layer: Affine, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Dense]:
+        return {layer.weight: Dense(activations[0].unsqueeze(2) * backprops.unsqueeze(1))}
+
+    try:
+        with pytest.raises(ValueError, match=r"shape \(3, 2\) for a parameter of shape \(2, 3\)"):
+            backward(nn.Sequential(Affine(3, 2, bias=False)), torch.ones(N, 3))
+    finally:
+        del NORM_SAMPLERS[Affine]
+
+
+def test_parameter_that_comes_to_life_after_wrapping() -> None:
+    model = nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    module, criterion = wrapped(model, nn.MSELoss())
+    model.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match="bias did not require gradients"):
+        criterion(module(torch.ones(N, 3)), torch.ones(N, 2)).backward()
+
+
+def test_norms_before_backward() -> None:
+    module = GradSampleModuleFastGradientClipping(nn.Linear(3, 2))
+    for ask in (module.get_norm_sample, module.get_clipping_coef):
+        with pytest.raises(RuntimeError, match="per-sample norms"):
+            ask()
+    module(torch.ones(N, 3))
+    with pytest.raises(RuntimeError, match="per-sample norms"):
+        module.get_norm_sample()
+    with pytest.raises(AttributeError, match="per_sample_gradient_norms"):
+        _ = module.per_sample_gradient_norms
+
+
+def test_an_aborted_step_leaves_nothing_to_the_next() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    module, criterion = wrapped(model, nn.MSELoss())
+    x, y = torch.randn(N, 3), torch.randn(N, 2)
+    criterion(module(x), y).backward()
+    expected = module.per_sample_gradient_norms
+    clean = [param.summed_grad.clone() for param in model.parameters()]
+    criterion.optimizer.zero_grad()
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(gradient: Tensor) -> None:
+        raise Interrupted
+
+    output = module._module[0](x)
+    output.register_hook(interrupt)
+    with pytest.raises(Interrupted):
+        criterion(module._module[1](output), y).backward()
+    with pytest.raises(ValueError, match="without a clipped gradient"):
+        criterion.optimizer.step()
+    module(x)
+    criterion(module(x), y).backward()
+    torch.testing.assert_close(module.per_sample_gradient_norms, expected)
+    for param, wanted in zip(model.parameters(), clean, strict=True):
+        torch.testing.assert_close(param.summed_grad, wanted)

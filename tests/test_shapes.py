@@ -1,0 +1,89 @@
+"""Whatever the shapes, empty and single batches included, the result is the oracle's."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tests.cases import Case, floats, tokens
+from tests.test_exact import MATRIX, WAYS, assert_equal, expected, private
+
+SMALL = st.integers(1, 5)
+OPTIONS = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def check(case: Case, n: int, way: str = "ghost") -> None:
+    oracle = expected(case, "mean", n)
+    max_grad_norm = (oracle.total_norm().median().item() if n else 0) or 1.0
+    model, wrapper, _ = private(case, "wrapped", "mean", max_grad_norm, n, **WAYS[way])
+    assert wrapper.per_sample_gradient_norms.shape == (n,)
+    assert_equal(wrapper.per_sample_gradient_norms, oracle.total_norm(), "norms")
+    clipped = oracle.clipped_sum(max_grad_norm)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
+
+
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("case, way", MATRIX)
+def test_empty_and_single_batches(case: Case, way: str, n: int) -> None:
+    if n == 0 and not case.empty:
+        with pytest.raises((IndexError, RuntimeError)):
+            case.make(0)
+    else:
+        check(case, n, way)
+
+
+@OPTIONS
+@given(n=st.integers(0, 4), leading=st.lists(SMALL, max_size=3), d=SMALL, p=SMALL, bias=st.booleans())
+def test_linear(n: int, leading: list[int], d: int, p: int, bias: bool) -> None:
+    check(Case("linear", lambda: nn.Linear(d, p, bias), [floats(*leading, d)]), n)
+
+
+@OPTIONS
+@given(
+    n=st.integers(0, 3),
+    axes=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    data=st.data(),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+)
+def test_convolution(
+    n: int, axes: int, groups: int, per_group: tuple[int, int], data: st.DataObject, mode: str
+) -> None:
+    def numbers(low: int, high: int) -> tuple[int, ...]:
+        return data.draw(st.tuples(*[st.integers(low, high)] * axes))
+
+    kernel, stride, dilation = numbers(1, 3), numbers(1, 2), numbers(1, 2)
+    padding = data.draw(st.sampled_from([numbers(0, 2), "valid"] + (["same"] if stride == (1,) * axes else [])))
+    size = numbers(5, 7)
+    channels_in, channels_out = groups * per_group[0], groups * per_group[1]
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    check(
+        Case(
+            "convolution",
+            lambda: convolution(
+                channels_in, channels_out, kernel, stride, padding, dilation, groups, padding_mode=mode
+            ),
+            [floats(channels_in, *size)],
+        ),
+        n,
+    )
+
+
+@OPTIONS
+@given(n=st.integers(0, 4), shape=st.lists(SMALL, max_size=2), rows=SMALL, d=SMALL, data=st.data())
+def test_embedding(n: int, shape: list[int], rows: int, d: int, data: st.DataObject) -> None:
+    padding = data.draw(st.none() | st.integers(0, rows - 1))
+    check(Case("embedding", lambda: nn.Embedding(rows, d, padding_idx=padding), [tokens(rows, *shape)]), n)
+
+
+@OPTIONS
+@given(
+    n=st.integers(0, 4), leading=st.lists(SMALL, max_size=2), shape=st.lists(st.integers(2, 4), min_size=1, max_size=2)
+)
+def test_layer_norm(n: int, leading: list[int], shape: list[int]) -> None:
+    check(Case("layer-norm", lambda: nn.LayerNorm(shape), [floats(*leading, *shape)]), n)
