@@ -222,7 +222,7 @@ def plot(results: list[Result], max_grad_norm: float, path: Path) -> None:
 
     for result, style in zip(results, ("-o", "--x"), strict=False):
         percent = [100 * accuracy for accuracy in result.accuracies]
-        label = f"{result.name}: {percent[-1]:.1f} % at {result.epsilons[-1]:.2f}"
+        label = f"{result.name}: {percent[-1]:.1f}% at {result.epsilons[-1]:.2f}"
         left.plot(result.epsilons, percent, style, markersize=4, linewidth=1.5, label=label)
     left.set(title="Accuracy against epsilon", xlabel="epsilon spent", ylabel="test accuracy [%]", xlim=(0, None))
     left.legend(loc="lower right", frameon=False)

@@ -21,7 +21,7 @@ from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient
 from opacus_fgc.record import Record
-from opacus_fgc.taps import Call, tap, untapped
+from opacus_fgc.taps import Call, tap, tensors_in, untapped
 
 
 def check_loss_reduction(loss_reduction: object) -> None:
@@ -200,8 +200,20 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             return forward_output
         if not recomputing:
             self._open_record().expect(params)
-        receive = partial(self._receive, module)
-        return tap(forward_output, forward_input, forward_kwargs, self._anchor, params, receive, sampler.fingerprint)
+        axis = batch_axis(module, tensors_in((forward_input, forward_kwargs)), self.batch_first)
+        try:
+            return tap(
+                forward_output,
+                forward_input,
+                forward_kwargs,
+                self._anchor,
+                params,
+                partial(self._receive, module),
+                axis,
+                sampler.fingerprint,
+            )
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{self._describe(module)}: {error}") from error
 
     def _open_record(self) -> Record:
         """The record of the step whose forward runs; a new one if backward has been there."""
@@ -218,6 +230,9 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 self._open_record()
             assert self.record is not None
             self.capture_backprops_hook(module, call, backprops, self.record.loss_reduction, self.batch_first)
+
+    def _describe(self, module: nn.Module) -> str:
+        return describe(self._names.get(module, ""), module)
 
     # Norms
 
@@ -236,7 +251,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             _forward_input: the call whose backprops these are.
             forward_output: the gradients of the loss by the layer's outputs.
             loss_reduction: how that loss was reduced over the batch; with "mean" the norms are scaled back.
-            batch_first: whether the batch is the first axis.
+            batch_first: whether the batch is the first axis; not used, the call says which axis it is.
 
         Raises:
             NotImplementedError: if the layer's per-sample gradients have no meaning or no known form.
@@ -244,13 +259,12 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         assert self.record is not None
         check_loss_reduction(loss_reduction)
-        name = describe(self._names.get(module, ""), module)
+        name = self._describe(module)
         sampler = find_sampler(module, self.force_functorch)
         self._sampling = True
         try:
             with torch.autocast(forward_output[0].device.type, enabled=False):
-                axis = batch_axis(module, _forward_input.activations, batch_first)
-                forms = sampler(module, _forward_input, forward_output, axis)
+                forms = sampler(module, _forward_input, forward_output)
                 self._check_complete(module, sampler, forms)
                 forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
         except (NotImplementedError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -128,6 +129,21 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 f"{missing} parameters of the optimizer have no clipped gradient: they came to it after the model was "
                 "wrapped, or were cleared. Wrap model and optimizer anew"
             )
+
+    def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
+        """Makes the noisy gradient, unless this step is to be skipped to go on summing.
+
+        Args:
+            closure: not used; `step` has called it.
+
+        Returns:
+            Whether the wrapped optimizer is to step.
+        """
+        stepping = super().pre_step(closure)
+        if not stepping and self.module is not None:
+            # The physical batches of a skipped step are parts of one logical batch, and count as one pass.
+            self.module.clipped_sum.passes = 0
+        return stepping
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clears gradients, and the clipped sum unless the last step was skipped to go on summing.

@@ -17,6 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in any nesting of tuples, lists and dicts, in order."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of a layer, as its tap sees it during backward.
@@ -25,6 +30,7 @@ class Call:
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
         outputs: which leaves of the (flattened) output the backprops belong to.
+        batch_axis: the axis of inputs and outputs that counts samples.
         fingerprint: what the layer's sampler noted about the output during forward.
         autocast: whether the forward ran under autocast, and in which dtype.
     """
@@ -32,13 +38,14 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     outputs: tuple[int, ...]
+    batch_axis: int
     fingerprint: Any
     autocast: tuple[bool, torch.dtype]
 
     @property
     def activations(self) -> list[Tensor]:
         """The tensors among the arguments, in the order of the call."""
-        return [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor)]
+        return tensors_in((self.args, self.kwargs))
 
 
 Receiver = Callable[[Call, tuple[Tensor, ...]], None]
@@ -54,6 +61,7 @@ class _Pending:
         self.spec: TreeSpec | None = None
         self.positions: list[int] = []
         self.outputs: tuple[int, ...] = ()
+        self.batch_axis = 0
         self.fingerprint: Any = None
         self.autocast = (False, torch.float32)
 
@@ -64,7 +72,7 @@ class _Pending:
             leaves[position] = activation
         assert self.spec is not None
         args, kwargs = tree_unflatten(leaves, self.spec)
-        return Call(args, kwargs, self.outputs, self.fingerprint, self.autocast)
+        return Call(args, kwargs, self.outputs, self.batch_axis, self.fingerprint, self.autocast)
 
 
 class Tap(torch.autograd.Function):
@@ -99,7 +107,8 @@ def tap(
     anchor: Tensor,
     params: Iterable[Tensor],
     receive: Receiver,
-    fingerprint: Callable[[list[Tensor]], Any],
+    batch_axis: int,
+    fingerprint: Callable[[list[Tensor], int], Any],
 ) -> Any:
     """Taps what a layer returned.
 
@@ -110,7 +119,8 @@ def tap(
         anchor: the leaf that all taps of a model hang on, shape ``()``.
         params: the parameters whose use the tap stands for.
         receive: called in backward with the `Call` and the backprops, one for each tapped output.
-        fingerprint: called now with the tapped outputs; its result is kept in the `Call`.
+        batch_axis: the axis of inputs and outputs that counts samples.
+        fingerprint: called now with the tapped outputs and the batch axis; its result is kept in the `Call`.
 
     Returns:
         The output, with every tensor that needs a gradient replaced by an alias; as it was if there is none.
@@ -126,7 +136,8 @@ def tap(
     for i in pending.positions:
         pending.leaves[i] = None
     pending.outputs = tapped
-    pending.fingerprint = fingerprint([outputs[i] for i in tapped])
+    pending.batch_axis = batch_axis
+    pending.fingerprint = fingerprint([outputs[i] for i in tapped], batch_axis)
     device = outputs[tapped[0]].device.type
     pending.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
     aliases = Tap.apply(pending, anchor, *[outputs[i] for i in tapped], *activations)

@@ -39,6 +39,16 @@ class Mixing(nn.Module):
         return (x - x.mean(0)) * self.weight
 
 
+class Rolling(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.roll(1, 0) * self.weight
+
+
+class Averaging(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).mean()
+
+
 class Random(Mixing):
     def forward(self, x: Tensor) -> Tensor:
         return F.dropout(x * self.weight, 0.5, training=True)
@@ -111,6 +121,18 @@ CASES = {
         [torch.arange(12.0).reshape(N, 3)],
         NotImplementedError,
         r"layer 'a' \(Mixing\).*another output",
+    ),
+    "layer-that-permutes-samples": (
+        lambda: Apply(lambda m, x: m.a(x), a=Rolling()),
+        [torch.arange(12.0).reshape(N, 3)],
+        NotImplementedError,
+        r"layer 'a' \(Rolling\).*another output",
+    ),
+    "layer-that-returns-a-scalar": (
+        lambda: Apply(lambda m, x: x + m.a(x), a=Averaging()),
+        [torch.ones(N, 3)],
+        NotImplementedError,
+        r"layer 'a' \(Averaging\).*without a batch axis",
     ),
     "layer-that-draws-random-numbers": (
         lambda: Apply(lambda m, x: m.a(x), a=Random()),

@@ -12,8 +12,9 @@ from opacus_fgc.per_sample import Dense, at_least_float32
 from opacus_fgc.taps import Call
 
 
-def _output_norms(outputs: list[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(at_least_float32(output.detach())) for output in outputs])
+def _norms_by_sample(outputs: list[Tensor], axis: int) -> Tensor:
+    rows = [at_least_float32(output.detach()).movedim(axis, 0) for output in outputs]
+    return torch.stack([torch.linalg.vector_norm(row.reshape(len(row), row[:1].numel()), dim=1) for row in rows])
 
 
 class Functorch:
@@ -25,22 +26,24 @@ class Functorch:
 
     covers_children = True
 
-    def fingerprint(self, outputs: list[Tensor]) -> Tensor:
-        """The norm of each output, to be compared with the repeated forward's."""
-        return _output_norms(outputs)
+    def fingerprint(self, outputs: list[Tensor], axis: int) -> Tensor:
+        """The norm of each output and sample, to be compared with the repeated forward's."""
+        if any(output.dim() <= axis for output in outputs):
+            raise NotImplementedError("it has no norm sampler, and an output without a batch axis")
+        return _norms_by_sample(outputs, axis)
 
-    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...], batch_dim: int) -> Forms:
+    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> Forms:
         """The forms of all trainable parameters in the layer.
 
         Raises:
             NotImplementedError: if the layer cannot be repeated on one sample at a time.
         """
         params = {name: param.detach() for name, param in layer.named_parameters() if param.requires_grad}
-        batch_size = backprops[0].shape[batch_dim]
+        batch_size = backprops[0].shape[call.batch_axis]
         if batch_size == 0:
             gradients = {name: param.new_zeros(0, *param.shape) for name, param in params.items()}
         else:
-            gradients = self._gradients(layer, call, backprops, batch_dim, batch_size, params)
+            gradients = self._gradients(layer, call, backprops, params, batch_size)
         return {layer.get_parameter(name): Dense(gradient) for name, gradient in gradients.items()}
 
     def _gradients(
@@ -48,36 +51,32 @@ class Functorch:
         layer: nn.Module,
         call: Call,
         backprops: tuple[Tensor, ...],
-        batch_dim: int,
-        batch_size: int,
         params: dict[str, Tensor],
+        batch_size: int,
     ) -> dict[str, Tensor]:
+        axis = call.batch_axis
         leaves, spec = tree_flatten((call.args, call.kwargs))
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        in_dims = [
-            batch_dim if tensor.dim() > batch_dim and tensor.shape[batch_dim] == batch_size else None
-            for tensor in tensors
-        ]
+        in_dims = [axis if tensor.dim() > axis and tensor.shape[axis] == batch_size else None for tensor in tensors]
         device, (autocast, dtype) = backprops[0].device.type, call.autocast
 
         def loss(
             params: dict[str, Tensor], tensors: list[Tensor], backprops: list[Tensor]
         ) -> tuple[Tensor, list[Tensor]]:
             one = iter(
-                tensor if dim is None else tensor.unsqueeze(batch_dim)
-                for tensor, dim in zip(tensors, in_dims, strict=True)
+                tensor if dim is None else tensor.unsqueeze(axis) for tensor, dim in zip(tensors, in_dims, strict=True)
             )
             args, kwargs = tree_unflatten(
                 [next(one) if is_one else leaf for is_one, leaf in zip(is_tensor, leaves, strict=True)], spec
             )
             with torch.autocast(device, dtype, enabled=autocast):
                 outputs = tree_flatten(functional_call(layer, params, args, kwargs))[0]
-            outputs = [outputs[i].squeeze(batch_dim) for i in call.outputs]
+            outputs = [outputs[i].squeeze(axis) for i in call.outputs]
             total = sum((output * backprop).sum() for output, backprop in zip(outputs, backprops, strict=True))
             return total, outputs
 
-        in_dims_of_all = (None, in_dims, [batch_dim] * len(backprops))
+        in_dims_of_all = (None, in_dims, [axis] * len(backprops))
         try:
             gradients, outputs = vmap(grad(loss, has_aux=True), in_dims_of_all)(params, tensors, list(backprops))
         except RuntimeError as error:
@@ -86,7 +85,7 @@ class Functorch:
                 f"{error}. Register a norm sampler for it (opacus_fgc.register_norm_sampler)"
             ) from error
         tolerance = max(torch.finfo(output.dtype).eps for output in outputs) ** 0.5
-        if not torch.allclose(_output_norms(outputs), call.fingerprint, rtol=tolerance):
+        if not torch.allclose(_norms_by_sample(outputs, 0), call.fingerprint, rtol=tolerance, equal_nan=True):
             raise NotImplementedError(
                 "it has no norm sampler, and repeating it on one sample at a time gives another output than the batch did, so "
                 "it mixes samples, shares an input between them, or changes a state in forward. Register a norm sampler for "

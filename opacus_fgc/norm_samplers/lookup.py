@@ -35,19 +35,18 @@ class Registered:
         self._function = function
         self._as_form = as_form
 
-    def fingerprint(self, outputs: list[Tensor]) -> None:
+    def fingerprint(self, outputs: list[Tensor], axis: int) -> None:
         """Needs to know nothing about the outputs."""
 
-    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...], batch_dim: int) -> Forms:
+    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> Forms:
         """The forms of the layer's parameters; see `registry.register_norm_sampler`."""
         if len(backprops) != 1:
             raise NotImplementedError(
                 f"a registered sampler takes layers with one output, this one has {len(backprops)}"
             )
-        activations = [
-            tensor.movedim(batch_dim, 0) if tensor.dim() > batch_dim else tensor for tensor in call.activations
-        ]
-        gradients = self._function(layer, activations, backprops[0].movedim(batch_dim, 0))
+        axis = call.batch_axis
+        activations = [tensor.movedim(axis, 0) if tensor.dim() > axis else tensor for tensor in call.activations]
+        gradients = self._function(layer, activations, backprops[0].movedim(axis, 0))
         return {param: self._as_form(gradient, param.shape) for param, gradient in gradients.items()}
 
 
