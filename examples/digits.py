@@ -143,10 +143,10 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
         losses, norms = [], []
         start = time.perf_counter()
         for images, labels in loader:  # random sizes: each image is in with the same chance, which the accounting needs
-            optimizer.zero_grad()
             loss = criterion(model(images), labels)
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()
             losses.append(loss.item())
             norms.append(getattr(model, "per_sample_gradient_norms", None))
         result.seconds += time.perf_counter() - start
@@ -276,6 +276,8 @@ def arguments() -> argparse.Namespace:
         parser.error(f"argument --delta: {args.delta:g} is not below 1")
     if args.plot and not args.plot.absolute().parent.is_dir():
         parser.error(f"argument --plot: there is no folder {args.plot.parent}")
+    if args.plot and args.plot.suffix != ".png":
+        parser.error(f"argument --plot: {args.plot} does not end in .png")
     return args
 
 

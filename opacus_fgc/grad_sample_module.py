@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
-from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient
+from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, full_precision
 from opacus_fgc.record import Record
 from opacus_fgc.taps import Call, tap, tensors_in, untapped
 
@@ -118,6 +118,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         self.clipping = FlatClipping(max_grad_norm)
         if strict:
             _refuse_buffers(m)
+        self.force_functorch = force_functorch
+        self._refuse_overlap(m)
         self.record: Record | None = None
         self.clipped_sum = ClippedSum()
         self._sampling = False
@@ -146,8 +148,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
 
     def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
         """The layers that get a tap: all with trainable parameters of their own, but for those inside a functorch layer."""
-        seen = set()
-        todo = [module]
+        seen, todo = set(), [module]
         while todo:
             layer = todo.pop()
             if layer in seen:
@@ -159,6 +160,18 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 if find_sampler(layer, self.force_functorch).covers_children:
                     continue
             todo.extend(layer.children())
+
+    def _refuse_overlap(self, model: nn.Module) -> None:
+        tapped = set(self.iterate_submodules(model))
+        names = {module: name for name, module in model.named_modules()}
+        for layer in tapped:
+            if find_sampler(layer, self.force_functorch).covers_children:
+                for child in tapped.intersection(layer.modules()) - {layer}:
+                    raise NotImplementedError(
+                        f"{describe(names[child], child)} is a part of {describe(names[layer], layer)}, which has no norm "
+                        "sampler and goes to functorch as a whole, and is used elsewhere too. Register a norm sampler for "
+                        "the latter (opacus_fgc.register_norm_sampler)"
+                    )
 
     def add_hooks(
         self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
@@ -263,7 +276,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         sampler = find_sampler(module, self.force_functorch)
         self._sampling = True
         try:
-            with torch.autocast(forward_output[0].device.type, enabled=False):
+            with full_precision(forward_output[0].device):
                 forms = sampler(module, _forward_input, forward_output)
                 self._check_complete(module, sampler, forms)
                 forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
@@ -287,7 +300,13 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                     f"its sampler gives nothing for its parameter '{name}' of shape {tuple(param.shape)}; register a norm "
                     "sampler for it that does (opacus_fgc.register_norm_sampler), or freeze the parameter"
                 )
+        own = set(module.parameters(recurse=sampler.covers_children))
         for param, form in forms.items():
+            if param not in own:
+                raise ValueError(
+                    f"its sampler gives per-sample gradients for something of shape {tuple(param.shape)} that is no parameter of "
+                    "its own; those of its children have taps of their own"
+                )
             if form.shape != param.shape:
                 raise ValueError(
                     f"its sampler gives per-sample gradients of shape {tuple(form.shape)} for a parameter of shape "
@@ -361,6 +380,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         return norms
 
     def _check_trainable(self, loss_per_sample: Tensor) -> None:
+        if not loss_per_sample.requires_grad:
+            raise RuntimeError("the loss does not depend on any trainable layer of the wrapped model")
         names = {param: name for name, param in trainable_parameters(self._module)}
         late = set(names).difference(self.trainable_parameters)
         if late:

@@ -25,6 +25,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast: a backward that is called under it must not compute norms in half precision."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def _slices(count: int, elements: int) -> Iterator[slice]:
     """Cuts ``count`` samples of ``elements`` elements each into slices of bounded size."""
     step = max(1, _SLICE // max(1, elements))

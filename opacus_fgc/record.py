@@ -71,7 +71,7 @@ class Record:
             received = self._forms.setdefault(param, [])
             received.append(form)
             if len(received) == self._expected[param]:
-                complete[param] = self._scaled(per_sample.add(self._forms.pop(param)).norm())
+                complete[param] = self._norm(param, self._forms.pop(param))
         self._norms.update(complete)
         return complete
 
@@ -89,14 +89,14 @@ class Record:
                 "no per-sample norms: the loss does not depend on any trainable layer of the wrapped model, or hooks were "
                 "disabled during forward"
             )
-        for param, forms in self._forms.items():
-            self._norms[param] = self._scaled(per_sample.add(forms).norm())
+        self._norms.update((param, self._norm(param, forms)) for param, forms in self._forms.items())
         self._forms.clear()
         missing = [param for param in params if param not in self._norms]
         zeros = torch.zeros(self.batch_size)
         self._norms.update((param, per_sample.at_least_float32(zeros.to(param))) for param in missing)
         return self._norms
 
-    def _scaled(self, norm: Tensor) -> Tensor:
-        assert self.batch_size is not None
-        return norm * self.batch_size if self.loss_reduction == "mean" else norm
+    def _norm(self, param: Tensor, forms: list[PerSampleGradient]) -> Tensor:
+        with per_sample.full_precision(param.device):
+            norm = per_sample.add(forms).norm()
+        return norm * len(norm) if self.loss_reduction == "mean" else norm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from opacus_fgc import (
     NORM_SAMPLERS,
@@ -103,6 +104,17 @@ def test_two_passes_by_hand(case: Case, entry: str) -> None:
         if param.requires_grad:
             assert_equal(param._norm_sample, oracle.norms()[name], f"norms of {name}")
             assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
+
+
+def test_norms_are_not_taken_under_autocast() -> None:
+    torch.manual_seed(0)
+    module = GradSampleModuleFastGradientClipping(nn.Linear(16, 12, dtype=torch.float32))
+    x = torch.randn(N, 3, 16, dtype=torch.float32)
+    loss = module(x).square().flatten(1).sum(1)
+    oracle = reference(module._module, lambda output, _: output.square().sum(), (x,), x, N)
+    with torch.autocast("cpu", torch.bfloat16):
+        norms = module.first_pass(loss)
+    torch.testing.assert_close(norms, oracle.total_norm(), rtol=1e-5, atol=0)
 
 
 def test_every_norm_sampler_has_a_case() -> None:

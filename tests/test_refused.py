@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_sequence
 from opacus_fgc import GradSampleModuleFastGradientClipping, register_norm_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense
-from tests.cases import Apply
+from tests.cases import Apply, ScaleByOwn
 from tests.test_loss import wrapped
 
 N = 4
@@ -152,6 +152,12 @@ CASES = {
         NotImplementedError,
         r"layer 'a' \(DPLSTM\).*PackedSequence",
     ),
+    "no-layer-in-the-loss": (
+        lambda: Apply(lambda m, x: x.clone(), a=nn.Linear(3, 3)),
+        [torch.ones(N, 3)],
+        RuntimeError,
+        "does not depend on any trainable layer",
+    ),
     "no-trainable-layer-in-the-loss": (
         lambda: Apply(lambda m, x: x.clone().requires_grad_(), a=nn.Linear(3, 3)),
         [torch.ones(N, 3)],
@@ -181,6 +187,35 @@ def test_sampler_that_leaves_out_a_parameter() -> None:
             backward(nn.Sequential(Affine(3, 3)), torch.ones(N, 3))
     finally:
         del NORM_SAMPLERS[Affine]
+
+
+def test_sampler_that_answers_for_a_child() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+            self.inner = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * self.scale
+
+    @register_norm_sampler(Block)
+    def greedy(layer: Block, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Dense]:
+        return {layer.scale: Dense(backprops), layer.inner.bias: Dense(backprops)}
+
+    try:
+        with pytest.raises(ValueError, match=r"Block.*shape \(3,\) that is no parameter of its own"):
+            backward(nn.Sequential(Block()), torch.ones(N, 3))
+    finally:
+        del NORM_SAMPLERS[Block]
+
+
+def test_layer_inside_and_outside_of_a_functorch_module() -> None:
+    shared = nn.Linear(4, 4)
+    block = ScaleByOwn()
+    block.inner = shared
+    with pytest.raises(NotImplementedError, match=r"layer '0.inner' \(Linear\) is a part of layer '0' \(ScaleByOwn\)"):
+        GradSampleModuleFastGradientClipping(nn.Sequential(block, shared))
 
 
 def test_sampler_with_the_wrong_shape() -> None:
