@@ -31,7 +31,9 @@ from pathlib import Path
 import numpy as np
 import opacus
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -56,7 +58,7 @@ class Result:
         accuracies: test accuracy after each epoch.
         epsilons: epsilon spent after each epoch.
         seconds: time for the training steps, without testing and accounting.
-        peak_memory: bytes over the level before training; None where it cannot be measured.
+        peak_memory: bytes over the level before training; NaN where it cannot be measured.
         norms: per-sample gradient norms of the last epoch's steps; None if the mode computes none.
     """
 
@@ -65,7 +67,7 @@ class Result:
     accuracies: list[float]
     epsilons: list[float]
     seconds: float
-    peak_memory: int | None
+    peak_memory: float
     norms: Tensor | None
 
 
@@ -136,7 +138,7 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
     criterion = private_criterion[0] if private_criterion else criterion
 
     name = f"{engine_type.__module__.partition('.')[0]} {mode}"
-    result = Result(name, optimizer.noise_multiplier, [], [], seconds=0.0, peak_memory=None, norms=None)
+    result = Result(name, optimizer.noise_multiplier, [], [], seconds=0.0, peak_memory=0.0, norms=None)
     memory_before = peak_memory()
     progress = tqdm(range(args.epochs), desc=name, unit="epoch", dynamic_ncols=True, disable=None)
     for _ in progress:
@@ -148,19 +150,19 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-            norms.append(getattr(model, "per_sample_gradient_norms", None))
+            if hasattr(model, "per_sample_gradient_norms"):
+                norms.append(model.per_sample_gradient_norms)
         result.seconds += time.perf_counter() - start
 
         result.accuracies.append(accuracy(model, test_set))
         result.epsilons.append(engine.get_epsilon(args.delta))
-        result.norms = torch.cat(norms) if norms[0] is not None else None
+        result.norms = torch.cat(norms) if norms else None
         progress.set_postfix(
             loss=f"{sum(losses) / len(losses):.3f}",
             accuracy=f"{result.accuracies[-1]:.1%}",
             epsilon=f"{result.epsilons[-1]:.2f}",
         )
-    if memory_before is not None:
-        result.peak_memory = peak_memory() - memory_before
+    result.peak_memory = peak_memory() - memory_before
     return result
 
 
@@ -174,12 +176,11 @@ def accuracy(model: nn.Module, dataset: TensorDataset) -> float:
     return (predictions == labels).float().mean().item()
 
 
-def peak_memory() -> int | None:
-    """The most memory that this process ever held, in bytes; None where the system does not tell."""
+def peak_memory() -> float:
+    """The most memory that this process ever held, in bytes; NaN where the system does not tell."""
     if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def train_in_fresh_process(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Namespace) -> Result:
@@ -195,10 +196,9 @@ def table(results: list[Result]) -> str:
     """One aligned row for each run."""
     rows = [("mode", "test accuracy", "epsilon", "seconds", "peak memory")]
     for result in results:
-        memory = "not known" if result.peak_memory is None else f"{result.peak_memory / 2**20:.1f} MiB"
-        rows.append(
-            (result.name, f"{result.accuracies[-1]:.1%}", f"{result.epsilons[-1]:.2f}", f"{result.seconds:.1f}", memory)
-        )
+        percent = f"{result.accuracies[-1]:.1%}"
+        memory = f"{result.peak_memory / 2**20:.1f} MiB"
+        rows.append((result.name, percent, f"{result.epsilons[-1]:.2f}", f"{result.seconds:.1f}", memory))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
@@ -217,38 +217,43 @@ def plot(results: list[Result], max_grad_norm: float, path: Path) -> None:
         path: where the picture goes.
     """
     norms = results[0].norms
-    figure = Figure(figsize=(10 if norms is not None else 5.5, 4), layout="constrained")
-    left, *right = figure.subplots(1, 2 if norms is not None else 1, squeeze=False)[0]
-
-    for result, style in zip(results, ("-o", "--x"), strict=False):
-        percent = [100 * accuracy for accuracy in result.accuracies]
-        label = f"{result.name}: {percent[-1]:.1f}% at {result.epsilons[-1]:.2f}"
-        left.plot(result.epsilons, percent, style, markersize=4, linewidth=1.5, label=label)
-    left.set(title="Accuracy against epsilon", xlabel="epsilon spent", ylabel="test accuracy [%]", xlim=(0, None))
-    left.legend(loc="lower right", frameon=False)
-
-    for axes in right:
-        low, high = norms.max().item() / 1e6, norms.max().item()  # a logarithmic axis has no place for 0
-        shown = norms.clamp(min=low)
-        axes.hist(shown.numpy(), bins=np.geomspace(shown.min(), high, 50), color="tab:blue", alpha=0.7)
-        axes.axvline(max_grad_norm, color="tab:red", linewidth=1.5)
-        axes.text(
-            max_grad_norm,
-            0.98,
-            f"  C = {max_grad_norm:g}\n  {(norms > max_grad_norm).float().mean():.0%} are clipped",
-            transform=axes.get_xaxis_transform(),
-            verticalalignment="top",
-            color="tab:red",
-        )
-        # Nothing hides what a single training image adds to this histogram.
-        caption = "norm of one image's gradient\n(not private: for debugging, not for publication)"
-        axes.set(title="Gradient norms in the last epoch", xscale="log", xlabel=caption, ylabel="images")
-
-    for axes in (left, *right):
+    figure = Figure(figsize=(5.5, 4) if norms is None else (10, 4), layout="constrained")
+    panels = figure.subplots(1, 1 if norms is None else 2, squeeze=False)[0]
+    draw_accuracies(panels[0], results)
+    if norms is not None:
+        draw_norms(panels[1], norms, max_grad_norm)
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
+
+
+def draw_accuracies(axes: Axes, results: list[Result]) -> None:
+    """Test accuracy against epsilon spent, one line a run and one point an epoch."""
+    for result, style in zip(results, ("-o", "--x"), strict=False):
+        label = f"{result.name}: {result.accuracies[-1]:.1%} at {result.epsilons[-1]:.2f}"
+        axes.plot(result.epsilons, result.accuracies, style, markersize=4, linewidth=1.5, label=label)
+    axes.set(title="Accuracy against epsilon", xlabel="epsilon spent", ylabel="test accuracy", xlim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    axes.legend(loc="lower right", frameon=False)
+
+
+def draw_norms(axes: Axes, norms: Tensor, max_grad_norm: float) -> None:
+    """Histogram of per-sample gradient norms, with C in it. Nothing hides what a single training image adds to it."""
+    shown = norms.clamp(min=max(norms.max().item() / 1e6, 1e-12)).numpy()  # a logarithmic axis has no place for 0
+    axes.hist(shown, bins=np.geomspace(shown.min(), shown.max(), 50), color="tab:blue", alpha=0.7)
+    axes.axvline(max_grad_norm, color="tab:red", linewidth=1.5)
+    axes.text(
+        max_grad_norm,
+        0.98,
+        f"  C = {max_grad_norm:g}\n  {(norms > max_grad_norm).sum() / len(norms):.0%} are clipped",
+        transform=axes.get_xaxis_transform(),
+        verticalalignment="top",
+        color="tab:red",
+    )
+    caption = "norm of one image's gradient\n(not private: for debugging, not for publication)"
+    axes.set(title="Gradient norms in the last epoch", xscale="log", xlabel=caption, ylabel="images")
 
 
 def arguments() -> argparse.Namespace:

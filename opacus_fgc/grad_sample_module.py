@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_sampler
+from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_gradient_sampler, find_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, full_precision
 from opacus_fgc.record import Record
@@ -279,6 +279,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             with full_precision(forward_output[0].device):
                 forms = sampler(module, _forward_input, forward_output)
                 self._check_complete(module, sampler, forms)
+                if self.record.keep_forms and any(isinstance(form, NormOnly) for form in forms.values()):
+                    forms = find_gradient_sampler(module)(module, _forward_input, forward_output)
                 forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
         except (NotImplementedError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
@@ -353,11 +355,13 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         self._second_pass = {}
         return coef
 
-    def first_pass(self, loss_per_sample: Tensor) -> Tensor:
+    def first_pass(self, loss_per_sample: Tensor, keep_forms: bool = False) -> Tensor:
         """Backward to the taps alone, without any weight gradient.
 
         Args:
             loss_per_sample: one loss a sample, shape ``(N,)``.
+            keep_forms: keep what weighted sums of the gradients can be made of, `Record.weighted_sums`, instead of the graph
+                for a second pass.
 
         Returns:
             The norm of each sample's gradient, shape ``(N,)``.
@@ -368,8 +372,9 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 parameter past its layer.
         """
         self._check_trainable(loss_per_sample)
-        self._open_record().loss_reduction = "sum"
-        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=True, allow_unused=True)
+        record = self._open_record()
+        record.loss_reduction, record.keep_forms = "sum", keep_forms
+        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=not keep_forms, allow_unused=True)
         norms = self.get_norm_sample()
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
@@ -423,17 +428,40 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         Args:
             gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0.
         """
-        for param, gradient in gradients:
-            if gradient is None:
-                gradient = torch.zeros_like(param)
-            elif gradient.layout != torch.strided:
-                gradient = gradient.to_dense()
-            summed = getattr(param, "summed_grad", None)
-            if summed is None:
-                param.summed_grad = gradient.detach()
-            else:
-                summed.add_(gradient)
+        try:
+            for param, gradient in gradients:
+                if gradient is None:
+                    gradient = torch.zeros_like(param)
+                elif gradient.layout != torch.strided:
+                    gradient = gradient.to_dense()
+                summed = getattr(param, "summed_grad", None)
+                if summed is None:
+                    param.summed_grad = gradient.detach()
+                else:
+                    summed.add_(gradient)
+        except BaseException:
+            # Half a sum is of no use to any step.
+            for param in self.trainable_parameters:
+                param.summed_grad = None
+            self.clipped_sum = ClippedSum()
+            raise
         self.clipped_sum = ClippedSum(self.clipped_sum.passes + 1, self.max_grad_norm)
+
+    def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
+        """``sum_n coef[n] * gradient[n]`` for each trainable parameter, after a first pass that kept the forms.
+
+        Args:
+            coef: shape ``(N,)``.
+
+        Yields:
+            The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
+        """
+        assert self.record is not None
+        unused = dict.fromkeys(self.trainable_parameters)
+        for param, weighted_sum in self.record.weighted_sums(coef):
+            del unused[param]
+            yield param, weighted_sum
+        yield from unused.items()
 
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
         """Hook of each parameter: sees the gradients of a second pass that is written by hand."""

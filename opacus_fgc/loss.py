@@ -36,6 +36,20 @@ def double_backward(module: GradSampleHooksFastGradientClipping, loss_per_sample
     module.add_to_clipped_sum(zip(params, gradients, strict=True))
 
 
+def book_keeping(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor) -> None:
+    """Book-keeping: one backward pass, whose activations and backprops give both the norms and the clipped sum.
+
+    Bu et al. 2023, arXiv:2210.00038.
+
+    Args:
+        module: the wrapped model, or the hooks on it.
+        loss_per_sample: one loss a sample, shape ``(N,)``.
+    """
+    module.check_accumulation()
+    coef = module.clipping.coefficients(module.first_pass(loss_per_sample, keep_forms=True))
+    module.add_to_clipped_sum(module.weighted_sums(coef))
+
+
 class DPTensorFastGradientClipping(OpacusTensor):
     """One loss a sample; looks like the reduced loss, and its ``backward()`` clips.
 
@@ -162,7 +176,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         self.optimizer = optimizer
         self.criterion = criterion
         self.loss_reduction = loss_reduction
-        self._backward = backward
+        self.clipped_backward = backward
 
     def __call__(self, *args: Any, shape: Sequence[int] | None = None, **kwargs: Any) -> DPTensorFastGradientClipping:
         """Evaluates the criterion.
@@ -189,7 +203,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         if shape is not None:
             losses, counted = losses.reshape(shape[0], shape[1]), counted.reshape(shape[0], shape[1])
         return DPTensorFastGradientClipping(
-            self.module, self.optimizer, self._per_sample(losses, counted), self.loss_reduction, self._backward
+            self.module, self.optimizer, self._per_sample(losses, counted), self.loss_reduction, self.clipped_backward
         )
 
     def _unreduced(self, *args: Any, **kwargs: Any) -> Any:

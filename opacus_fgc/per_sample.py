@@ -30,7 +30,7 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def _slices(count: int, elements: int) -> Iterator[slice]:
+def slices(count: int, elements: int) -> Iterator[slice]:
     """Cuts ``count`` samples of ``elements`` elements each into slices of bounded size."""
     step = max(1, _SLICE // max(1, elements))
     return (slice(start, start + step) for start in range(0, count, step))
@@ -71,6 +71,10 @@ class PerSampleGradient(ABC):
     def norm(self) -> Tensor:
         """L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider."""
         return self.squared_norm().clamp(min=0).sqrt()
+
+    def measured(self) -> tuple[Tensor, PerSampleGradient]:
+        """The norm, and the form to keep for a weighted sum: a cheaper one, if it came up on the way to the norm."""
+        return self.norm(), self
 
 
 class Dense(PerSampleGradient):
@@ -129,17 +133,27 @@ class Outer(PerSampleGradient):
         self.shape = shape
         self.batch_size = len(left)
 
+    def _few_positions(self) -> bool:
+        """Whether Gram matrices, ``T^2 (p + d)``, are less work than the gradients, ``T p d``; they are smaller then too."""
+        positions, p, d = self.left.shape[2], self.left.shape[3], self.right.shape[3]
+        return positions * (p + d) <= p * d
+
+    def measured(self) -> tuple[Tensor, PerSampleGradient]:
+        if self.left.shape[2] == 1 or self._few_positions():
+            return super().measured()
+        gradients = at_least_float32(self.left).mT @ at_least_float32(self.right)
+        return Dense(gradients.reshape(self.batch_size, *self.shape)).measured()
+
     def squared_norm(self) -> Tensor:
         _, groups, positions, p = self.left.shape
         d = self.right.shape[-1]
         if positions == 1:
             left, right = at_least_float32(self.left), at_least_float32(self.right)
             return (left.square().sum(-1) * right.square().sum(-1)).sum((1, 2))
-        # Multiplications: T^2 (p + d) for the Gram matrices, T p d for the product.
-        use_gram = positions * (p + d) <= p * d
+        use_gram = self._few_positions()
         elements = groups * (2 * positions**2 if use_gram else p * d)
         parts = []
-        for part in _slices(self.batch_size, elements):
+        for part in slices(self.batch_size, elements):
             left, right = at_least_float32(self.left[part]), at_least_float32(self.right[part])
             if use_gram:
                 grams = (left @ left.mT) * (right @ right.mT)
@@ -150,6 +164,8 @@ class Outer(PerSampleGradient):
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         left = self.left * coef.to(self.left.dtype)[:, None, None, None]
+        if left.shape[1] == 1:
+            return (left.flatten(0, 2).mT @ self.right.flatten(0, 2)).reshape(self.shape)
         return torch.einsum("ngtp,ngtd->gpd", left, self.right).reshape(self.shape)
 
     def materialize(self) -> Tensor:

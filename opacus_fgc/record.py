@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,14 +21,19 @@ class Record:
 
     Args:
         loss_reduction: how the loss of the pass that brings the backprops is reduced over the batch, "mean" or "sum".
+
+    Attributes:
+        keep_forms: whether the forms are kept for `weighted_sums`.
     """
 
     def __init__(self, loss_reduction: str) -> None:
         self.loss_reduction = loss_reduction
+        self.keep_forms = False
         self.batch_size: int | None = None
         self._expected: Counter[Any] = Counter()
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
+        self._kept: dict[Any, PerSampleGradient] = {}
 
     @property
     def receiving(self) -> bool:
@@ -98,5 +103,20 @@ class Record:
 
     def _norm(self, param: Tensor, forms: list[PerSampleGradient]) -> Tensor:
         with per_sample.full_precision(param.device):
-            norm = per_sample.add(forms).norm()
+            form = per_sample.add(forms)
+            if self.keep_forms:
+                norm, self._kept[param] = form.measured()
+            else:
+                norm = form.norm()
         return norm * len(norm) if self.loss_reduction == "mean" else norm
+
+    def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor]]:
+        """``sum_n coef[n] * gradient[n]`` for each parameter with a kept form, which is given up as soon as it is used.
+
+        Args:
+            coef: shape ``(N,)``.
+        """
+        while self._kept:
+            param, form = self._kept.popitem()
+            with per_sample.full_precision(param.device):
+                yield param, form.weighted_sum(coef.to(param.device)).to(param.dtype)

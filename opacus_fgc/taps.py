@@ -69,7 +69,7 @@ class _Pending:
         """The call, with its tensors in their places."""
         leaves = list(self.leaves)
         for position, activation in zip(self.positions, activations, strict=True):
-            leaves[position] = activation
+            leaves[position] = activation.detach()
         assert self.spec is not None
         args, kwargs = tree_unflatten(leaves, self.spec)
         return Call(args, kwargs, self.outputs, self.batch_axis, self.fingerprint, self.autocast)

@@ -13,12 +13,15 @@ from opacus_fgc import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
 )
+from opacus_fgc.loss import book_keeping, double_backward
 from tests.cases import CASES, Case, N
 from tests.reference import Reference, reference
 
 ENTRIES = {"wrapped": GradSampleModuleFastGradientClipping, "hooks": GradSampleHooksFastGradientClipping}
 WAYS = {
     "ghost": {},
+    "ghost_bk": {"backward": book_keeping},
+    "fast-gradient-clipping_bk": {"use_ghost_clipping": False, "backward": book_keeping},
     "fast-gradient-clipping": {"use_ghost_clipping": False},
     "functorch": {"force_functorch": True},
 }
@@ -37,6 +40,7 @@ def expected(case: Case, reduction: str, n: int = N) -> Reference:
 
 def private(case: Case, entry: str, reduction: str, max_grad_norm: float, n: int = N, **options):
     """Model and wrapper after a clipped backward pass, and the loss."""
+    backward = options.pop("backward", double_backward)
     model, inputs, target = case.make(n)
     wrapper = ENTRIES[entry](
         model, batch_first=case.batch_first, loss_reduction=reduction, max_grad_norm=max_grad_norm, **options
@@ -49,7 +53,7 @@ def private(case: Case, entry: str, reduction: str, max_grad_norm: float, n: int
         expected_batch_size=n,
         loss_reduction=reduction,
     )
-    criterion = DPLossFastGradientClipping(wrapper, optimizer, case.loss(reduction), reduction)
+    criterion = DPLossFastGradientClipping(wrapper, optimizer, case.loss(reduction), reduction, backward)
     loss = criterion((wrapper if entry == "wrapped" else model)(*inputs), target)
     loss.backward()
     return model, wrapper, loss

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from opacus_fgc import (
     DPTensorFastGradientClipping,
     GradSampleModuleFastGradientClipping,
 )
+from opacus_fgc.loss import Backward, double_backward
+from opacus_fgc.privacy_engine import MODES
 from tests.reference import reference
 from tests.test_exact import assert_equal
 
@@ -25,7 +28,13 @@ N, D = 5, 3
 VOCABULARY, LENGTH = 7, 4
 
 
-def wrapped(model: nn.Module, criterion: Any, reduction: str = "mean", max_grad_norm: float = 0.05):
+def wrapped(
+    model: nn.Module,
+    criterion: Any,
+    reduction: str = "mean",
+    max_grad_norm: float = 0.05,
+    backward: Backward = double_backward,
+):
     module = GradSampleModuleFastGradientClipping(model, loss_reduction=reduction, max_grad_norm=max_grad_norm)
     optimizer = DPOptimizerFastGradientClipping(
         torch.optim.SGD(model.parameters(), lr=0.1),
@@ -34,19 +43,21 @@ def wrapped(model: nn.Module, criterion: Any, reduction: str = "mean", max_grad_
         expected_batch_size=N,
         loss_reduction=reduction,
     )
-    return module, DPLossFastGradientClipping(module, optimizer, criterion, reduction)
+    return module, DPLossFastGradientClipping(module, optimizer, criterion, reduction, backward)
 
 
 def check(model: nn.Module, criterion: Any, plain: Callable, x: Tensor, y: Tensor, reduction: str = "mean") -> None:
     """A private criterion against the plain one, which the oracle evaluates on each sample."""
     oracle = reference(model, plain, (x,), y, len(x))
-    module, private = wrapped(model, criterion, reduction)
-    loss = private(module(x), y)
-    loss.backward()
-    assert_equal(loss.loss_per_sample.detach(), oracle.losses, "losses")
     clipped = oracle.clipped_sum(0.05)
-    for name, param in model.named_parameters():
-        assert_equal(param.summed_grad, clipped[name], name)
+    for backward in MODES.values():
+        copied = copy.deepcopy(model)
+        module, private = wrapped(copied, criterion, reduction, backward=backward)
+        loss = private(module(x), y)
+        loss.backward()
+        assert_equal(loss.loss_per_sample.detach(), oracle.losses, "losses")
+        for name, param in copied.named_parameters():
+            assert_equal(param.summed_grad, clipped[name], name)
 
 
 LOSSES: dict[str, tuple[Callable, int, Callable[[], Tensor]]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,18 +14,19 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import PrivacyEngine
+from opacus_fgc.privacy_engine import MODES
 from tests.reference import reference
 
 SIZE = 32
 
 
-def private(**options: Any):
+def make_private(**options: Any):
     """Engine, model, optimizer, criterion, loader of a small classifier, with ``options`` for `make_private`."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     data = TensorDataset(torch.randn(SIZE, 6), torch.randint(3, (SIZE,)))
     engine = PrivacyEngine(accountant="rdp")
-    defaults = dict(noise_multiplier=0.0, max_grad_norm=0.5, poisson_sampling=False, grad_sample_mode="ghost")
+    defaults = dict(noise_multiplier=0.0, max_grad_norm=0.5, poisson_sampling=False)
     return engine, *engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
@@ -34,11 +36,16 @@ def private(**options: Any):
     )
 
 
+@pytest.fixture(params=MODES)
+def private(request: pytest.FixtureRequest) -> Any:
+    return partial(make_private, grad_sample_mode=request.param)
+
+
 def flat(model: nn.Module, attribute: str) -> torch.Tensor:
     return torch.cat([getattr(param, attribute).flatten() for param in model.parameters()])
 
 
-def test_step_is_the_clipped_mean() -> None:
+def test_step_is_the_clipped_mean(private: Any) -> None:
     _, model, optimizer, criterion, loader = private()
     x, y = next(iter(loader))
     oracle = reference(model._module, nn.CrossEntropyLoss(), (x,), y, len(x))
@@ -57,7 +64,7 @@ def noise_of(model: nn.Module, optimizer: Any, criterion: Any, x: torch.Tensor, 
 
 
 @pytest.mark.parametrize("max_grad_norm, noise_multiplier", [(0.5, 1.0), (2.0, 0.3)])
-def test_noise_has_the_right_deviation(max_grad_norm: float, noise_multiplier: float) -> None:
+def test_noise_has_the_right_deviation(private: Any, max_grad_norm: float, noise_multiplier: float) -> None:
     _, model, optimizer, criterion, loader = private(max_grad_norm=max_grad_norm, noise_multiplier=noise_multiplier)
     x, y = next(iter(loader))
     noise = torch.stack([noise_of(model, optimizer, criterion, x, y) for _ in range(100)])
@@ -70,7 +77,7 @@ def test_noise_has_the_right_deviation(max_grad_norm: float, noise_multiplier: f
     assert abs((noise[1:] * noise[:-1]).mean().item()) < 0.05 * std**2
 
 
-def test_noise_without_samples_and_for_unused_parameters() -> None:
+def test_noise_without_samples_and_for_unused_parameters(private: Any) -> None:
     _, model, optimizer, criterion, loader = private(noise_multiplier=1.0)
     x, y = next(iter(loader))
     criterion(model(x[:0]), y[:0]).backward()
@@ -85,7 +92,7 @@ def test_noise_without_samples_and_for_unused_parameters() -> None:
     assert (flat(model, "grad") != 0).all()
 
 
-def test_same_seed_same_run() -> None:
+def test_same_seed_same_run(private: Any) -> None:
     runs = []
     for _ in range(2):
         _, model, optimizer, criterion, loader = private(noise_multiplier=1.0, poisson_sampling=True)
@@ -98,7 +105,7 @@ def test_same_seed_same_run() -> None:
     assert torch.equal(*runs)
 
 
-def test_own_noise_generator() -> None:
+def test_own_noise_generator(private: Any) -> None:
     noise = []
     for seed in (1, 1, 2):
         _, model, optimizer, criterion, loader = private(
@@ -110,7 +117,7 @@ def test_own_noise_generator() -> None:
 
 
 @pytest.mark.parametrize("clearing", [True, False])
-def test_physical_batches_add_up_to_the_logical_one(clearing: bool) -> None:
+def test_physical_batches_add_up_to_the_logical_one(private: Any, clearing: bool) -> None:
     gradients = []
     for physical in (SIZE, 5):
         engine, model, optimizer, criterion, loader = private(batch_size=16)
@@ -131,7 +138,7 @@ def test_physical_batches_add_up_to_the_logical_one(clearing: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_poisson_batches_with_empty_ones_under_the_memory_manager() -> None:
+def test_poisson_batches_with_empty_ones_under_the_memory_manager(private: Any) -> None:
     engine, model, optimizer, criterion, loader = private(batch_size=1, poisson_sampling=True, noise_multiplier=1.0)
     sizes = []
     with BatchMemoryManager(data_loader=loader, max_physical_batch_size=2, optimizer=optimizer) as memory_safe:
@@ -144,7 +151,7 @@ def test_poisson_batches_with_empty_ones_under_the_memory_manager() -> None:
     assert engine.accountant.history == [(1.0, 1 / SIZE, SIZE)]
 
 
-def test_accumulated_batches_are_accounted() -> None:
+def test_accumulated_batches_are_accounted(private: Any) -> None:
     engine, model, optimizer, criterion, loader = private(noise_multiplier=1.0)
     batches = list(loader)
     optimizer.zero_grad()
@@ -158,7 +165,7 @@ def test_accumulated_batches_are_accounted() -> None:
     assert noise.std().item() == pytest.approx(0.5, rel=0.3)
 
 
-def test_accumulated_batches_add_up() -> None:
+def test_accumulated_batches_add_up(private: Any) -> None:
     _, model, optimizer, criterion, loader = private()
     expected = torch.zeros_like(flat(model, "data"))
     for x, y in loader:
@@ -168,7 +175,7 @@ def test_accumulated_batches_add_up() -> None:
     torch.testing.assert_close(flat(model, "summed_grad"), expected)
 
 
-def test_accumulation_is_refused_under_poisson_sampling() -> None:
+def test_accumulation_is_refused_under_poisson_sampling(private: Any) -> None:
     _, model, optimizer, criterion, _ = private(poisson_sampling=True)
     x, y = torch.randn(4, 6), torch.randint(3, (4,))
     criterion(model(x), y).backward()
@@ -184,7 +191,7 @@ def test_accumulation_is_refused_under_poisson_sampling() -> None:
         lambda optimizer: StepGradClip(optimizer, step_size=1, gamma=2.0),
     ],
 )
-def test_clip_schedulers_move_clip_and_noise(schedule: Any) -> None:
+def test_clip_schedulers_move_clip_and_noise(private: Any, schedule: Any) -> None:
     _, model, optimizer, criterion, loader = private(noise_multiplier=1.0, max_grad_norm=0.1)
     scheduler = schedule(optimizer)
     x, y = next(iter(loader))
@@ -198,7 +205,7 @@ def test_clip_schedulers_move_clip_and_noise(schedule: Any) -> None:
         assert noise.std().item() == pytest.approx(optimizer.max_grad_norm, rel=0.4)
 
 
-def test_noise_schedulers() -> None:
+def test_noise_schedulers(private: Any) -> None:
     engine, model, optimizer, criterion, loader = private(noise_multiplier=1.0)
     scheduler = ExponentialNoise(optimizer, gamma=2.0)
     scheduler.step()
@@ -207,7 +214,7 @@ def test_noise_schedulers() -> None:
     assert engine.accountant.history[-1][0] == 2.0
 
 
-def test_max_grad_norm_may_not_change_between_backward_and_step() -> None:
+def test_max_grad_norm_may_not_change_between_backward_and_step(private: Any) -> None:
     _, model, optimizer, criterion, loader = private()
     x, y = next(iter(loader))
     criterion(model(x), y).backward()
@@ -219,7 +226,7 @@ def test_max_grad_norm_may_not_change_between_backward_and_step() -> None:
     optimizer.step()
 
 
-def test_step_needs_a_clipped_gradient() -> None:
+def test_step_needs_a_clipped_gradient(private: Any) -> None:
     _, model, optimizer, criterion, loader = private()
     x, y = next(iter(loader))
     with pytest.raises(ValueError, match="without a clipped gradient"):
@@ -239,7 +246,7 @@ def test_step_needs_a_clipped_gradient() -> None:
         optimizer.step()
 
 
-def test_closure() -> None:
+def test_closure(private: Any) -> None:
     _, model, optimizer, criterion, loader = private()
     x, y = next(iter(loader))
     before = flat(model, "data").clone()

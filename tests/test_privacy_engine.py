@@ -21,6 +21,7 @@ from opacus_fgc import (
     GradSampleModuleFastGradientClipping,
     PrivacyEngine,
 )
+from opacus_fgc.privacy_engine import MODES
 
 SIZE, BATCH = 40, 8
 
@@ -52,15 +53,18 @@ def train(model: nn.Module, optimizer: Any, criterion: Any, loader: Any, steps: 
         optimizer.step()
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wrap_model", [True, False])
-def test_make_private(wrap_model: bool) -> None:
+def test_make_private(wrap_model: bool, mode: str) -> None:
     model = classifier()
-    wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(**arguments(model, wrap_model=wrap_model))
+    keywords = arguments(model, wrap_model=wrap_model, grad_sample_mode=mode)
+    wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(**keywords)
     kind = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
     assert type(wrapped) is kind
     assert isinstance(wrapped, GradSampleModule) == wrap_model
     assert type(optimizer) is DPOptimizerFastGradientClipping and isinstance(optimizer, DPOptimizer)
     assert type(criterion) is DPLossFastGradientClipping
+    assert criterion.clipped_backward is MODES[mode]
     assert isinstance(loader, opacus.data_loader.DPDataLoader)
     assert optimizer.expected_batch_size == BATCH
     before = [param.clone() for param in model.parameters()]
@@ -68,12 +72,15 @@ def test_make_private(wrap_model: bool) -> None:
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wrap_model", [True, False])
-def test_nothing_is_left_behind(wrap_model: bool) -> None:
+def test_nothing_is_left_behind(wrap_model: bool, mode: str) -> None:
     model = classifier()
     attributes = [set(vars(param)) for param in model.parameters()]
     module_attributes = [set(vars(module)) for module in model.modules()]
-    wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(**arguments(model, wrap_model=wrap_model))
+    wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(
+        **arguments(model, wrap_model=wrap_model, grad_sample_mode=mode)
+    )
     train(wrapped if wrap_model else model, optimizer, criterion, loader, steps=1)
     if wrap_model:
         assert wrapped.to_standard_module() is model
@@ -83,13 +90,14 @@ def test_nothing_is_left_behind(wrap_model: bool) -> None:
     assert [set(vars(module)) for module in model.modules()] == module_attributes
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(param._backward_hooks for param in model.parameters())
-    PrivacyEngine().make_private(**arguments(model, wrap_model=wrap_model))
+    PrivacyEngine().make_private(**arguments(model, wrap_model=wrap_model, grad_sample_mode=mode))
 
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")
-def test_with_epsilon() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_with_epsilon(mode: str) -> None:
     engine = PrivacyEngine()
-    keywords = arguments(classifier(), target_epsilon=3.0, target_delta=1e-3, epochs=2)
+    keywords = arguments(classifier(), grad_sample_mode=mode, target_epsilon=3.0, target_delta=1e-3, epochs=2)
     del keywords["noise_multiplier"]
     model, optimizer, criterion, loader = engine.make_private_with_epsilon(**keywords)
     for _ in range(2):
@@ -160,6 +168,18 @@ def test_model_that_is_wrapped_already() -> None:
         PrivacyEngine().make_private(**arguments(model._module, wrap_model=False))
 
 
+def test_both_modes_give_the_same_run() -> None:
+    weights = []
+    for mode in MODES:
+        torch.manual_seed(0)
+        model, optimizer, criterion, loader = PrivacyEngine().make_private(
+            **arguments(classifier(), grad_sample_mode=mode)
+        )
+        train(model, optimizer, criterion, loader)
+        weights.append(torch.cat([param.detach().flatten() for param in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=1e-10, atol=1e-10)
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield torch.zeros(1, 4, 4), 0
@@ -216,12 +236,13 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wrap_model", [True, False])
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_refused_and_changes_nothing(name: str, wrap_model: bool) -> None:
+def test_bad_input_is_refused_and_changes_nothing(name: str, wrap_model: bool, mode: str) -> None:
     make, changes, error, message = BAD[name]
     model = make()
-    keywords = arguments(model, wrap_model=wrap_model, **changes)
+    keywords = arguments(model, wrap_model=wrap_model, grad_sample_mode=mode, **changes)
     before = [set(vars(thing)) for thing in (*model.modules(), *model.parameters())]
     with pytest.raises(error, match=message):
         PrivacyEngine().make_private(**keywords)

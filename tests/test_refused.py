@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 from opacus_fgc import GradSampleModuleFastGradientClipping, register_norm_sampler
+from opacus_fgc.loss import Backward, double_backward
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense
+from opacus_fgc.privacy_engine import MODES
 from tests.cases import Apply, ScaleByOwn
 from tests.test_loss import wrapped
 
 N = 4
 
 
-def backward(model: nn.Module, *inputs: Any) -> None:
+def backward(model: nn.Module, *inputs: Any, how: Backward = double_backward) -> None:
     """A clipped backward pass with a sum of squares as each sample's loss."""
-    module, criterion = wrapped(model, lambda output: output.flatten(1).square().sum(1))
+    module, criterion = wrapped(model, lambda output: output.flatten(1).square().sum(1), backward=how)
     # The table is made before the tests' dtype is set.
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     criterion(module(*inputs)).backward()
@@ -167,11 +169,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CASES)
-def test_refused(name: str) -> None:
+def test_refused(name: str, mode: str) -> None:
     make, inputs, error, message = CASES[name]
     with pytest.raises(error, match=message):
-        backward(make(), *inputs)
+        backward(make(), *inputs, how=MODES[mode])
 
 
 def test_sampler_that_leaves_out_a_parameter() -> None:
@@ -254,9 +257,10 @@ def test_norms_before_backward() -> None:
         _ = module.per_sample_gradient_norms
 
 
-def test_an_aborted_step_leaves_nothing_to_the_next() -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_an_aborted_step_leaves_nothing_to_the_next(mode: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    module, criterion = wrapped(model, nn.MSELoss())
+    module, criterion = wrapped(model, nn.MSELoss(), backward=MODES[mode])
     x, y = torch.randn(N, 3), torch.randn(N, 2)
     criterion(module(x), y).backward()
     expected = module.per_sample_gradient_norms

@@ -6,6 +6,7 @@ as well (padding index, padding modes, channels-last); here they are what a user
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,15 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import PrivacyEngine
+from opacus_fgc.privacy_engine import MODES
 from tests.reference import reference
 
 B, C = 8, 1.0
 
 
-def private(model: nn.Module, x: Tensor, y: Tensor, criterion: Any, **options: Any):
+def make_private(model: nn.Module, x: Tensor, y: Tensor, criterion: Any, **options: Any):
     """Engine, model, optimizer and criterion, without noise and sampling."""
     engine = PrivacyEngine(accountant="rdp")
-    defaults = dict(noise_multiplier=0.0, max_grad_norm=C, poisson_sampling=False, grad_sample_mode="ghost")
+    defaults = dict(noise_multiplier=0.0, max_grad_norm=C, poisson_sampling=False)
     module, optimizer, criterion, _ = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
@@ -35,7 +37,12 @@ def private(model: nn.Module, x: Tensor, y: Tensor, criterion: Any, **options: A
     return engine, module, optimizer, criterion
 
 
-def clipped_sum_is_right(model: nn.Module, criterion: Any, plain: Any, x: Tensor, y: Tensor) -> None:
+@pytest.fixture(params=MODES)
+def private(request: pytest.FixtureRequest) -> Any:
+    return partial(make_private, grad_sample_mode=request.param)
+
+
+def clipped_sum_is_right(private: Any, model: nn.Module, criterion: Any, plain: Any, x: Tensor, y: Tensor) -> None:
     oracle = reference(model, plain, (x,), y, len(x))
     _, module, optimizer, criterion = private(model, x, y, criterion)
     criterion(module(x), y).backward()
@@ -51,19 +58,19 @@ def seed() -> None:
 
 
 @pytest.mark.parametrize("criterion", [nn.MSELoss(), nn.BCEWithLogitsLoss()])
-def test_losses_of_shape_b_1(criterion: nn.Module) -> None:
-    clipped_sum_is_right(nn.Linear(4, 1), criterion, criterion, 9 * torch.randn(B, 4), torch.rand(B, 1))
+def test_losses_of_shape_b_1(private: Any, criterion: nn.Module) -> None:
+    clipped_sum_is_right(private, nn.Linear(4, 1), criterion, criterion, 9 * torch.randn(B, 4), torch.rand(B, 1))
 
 
-def test_criterion_without_reduction() -> None:
+def test_criterion_without_reduction(private: Any) -> None:
     x, y = 9 * torch.randn(B, 4), torch.randint(3, (B,))
-    clipped_sum_is_right(nn.Linear(4, 3), F.cross_entropy, F.cross_entropy, x, y)
+    clipped_sum_is_right(private, nn.Linear(4, 3), F.cross_entropy, F.cross_entropy, x, y)
     _, module, _, criterion = private(nn.Linear(4, 3), x, y, lambda output, target: F.cross_entropy(output, target))
     with pytest.raises(ValueError, match="one value for the whole batch"):
         criterion(module(x), y)
 
 
-def test_backward_of_a_plain_loss() -> None:
+def test_backward_of_a_plain_loss(private: Any) -> None:
     x, y = torch.randn(B, 4), torch.randint(3, (B,))
     _, module, optimizer, _ = private(nn.Linear(4, 3), x, y, nn.CrossEntropyLoss())
     before = module._module.weight.clone()
@@ -73,7 +80,7 @@ def test_backward_of_a_plain_loss() -> None:
     assert torch.equal(module._module.weight, before)
 
 
-def test_two_backwards_before_a_step() -> None:
+def test_two_backwards_before_a_step(private: Any) -> None:
     x, y = torch.randn(B, 4), torch.randint(3, (B,))
     model = nn.Linear(4, 3)
     engine, module, optimizer, criterion = private(model, x, y, nn.CrossEntropyLoss(), noise_multiplier=1.0)
@@ -85,7 +92,7 @@ def test_two_backwards_before_a_step() -> None:
     assert engine.accountant.history == [(1.0, 2 * 0.5, 1)]
 
 
-def test_two_backwards_before_a_step_under_poisson_sampling() -> None:
+def test_two_backwards_before_a_step_under_poisson_sampling(private: Any) -> None:
     x, y = torch.randn(B, 4), torch.randint(3, (B,))
     _, module, _, criterion = private(nn.Linear(4, 3), x, y, nn.CrossEntropyLoss(), poisson_sampling=True)
     criterion(module(x), y).backward()
@@ -93,7 +100,7 @@ def test_two_backwards_before_a_step_under_poisson_sampling() -> None:
         criterion(module(x), y).backward()
 
 
-def test_clip_scheduler() -> None:
+def test_clip_scheduler(private: Any) -> None:
     x, y = 9 * torch.randn(B, 4), torch.randint(3, (B,))
     model = nn.Linear(4, 3)
     _, module, optimizer, criterion = private(model, x, y, nn.CrossEntropyLoss())
@@ -103,7 +110,7 @@ def test_clip_scheduler() -> None:
     torch.testing.assert_close(model.weight.summed_grad, oracle.clipped_sum(0.1 * C)["weight"])
 
 
-def test_layer_that_is_skipped_in_the_next_step() -> None:
+def test_layer_that_is_skipped_in_the_next_step(private: Any) -> None:
     class Skipping(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -126,7 +133,7 @@ def test_layer_that_is_skipped_in_the_next_step() -> None:
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_sample_that_is_not_finite(bad: float) -> None:
+def test_sample_that_is_not_finite(private: Any, bad: float) -> None:
     x, y = torch.randn(B, 4), torch.randint(3, (B,))
     x[2] = bad
     _, module, optimizer, criterion = private(nn.Linear(4, 3), x, y, nn.CrossEntropyLoss())
@@ -137,14 +144,14 @@ def test_sample_that_is_not_finite(bad: float) -> None:
     assert torch.isfinite(module._module.weight).all()
 
 
-def test_embedding_with_padding_index() -> None:
+def test_embedding_with_padding_index(private: Any) -> None:
     model = nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Flatten(), nn.Linear(12, 3))
     plain = nn.CrossEntropyLoss()
-    clipped_sum_is_right(model, plain, plain, torch.randint(5, (B, 3)), torch.randint(3, (B,)))
+    clipped_sum_is_right(private, model, plain, plain, torch.randint(5, (B, 3)), torch.randint(3, (B,)))
 
 
 @pytest.mark.parametrize("option, reason", [("scale_grad_by_freq", "whole batch"), ("max_norm", "renormalizes")])
-def test_embeddings_that_mix_samples(option: str, reason: str) -> None:
+def test_embeddings_that_mix_samples(private: Any, option: str, reason: str) -> None:
     model = nn.Sequential(nn.Embedding(5, 4, **{option: True}), nn.Flatten(), nn.Linear(12, 3))
     x, y = torch.randint(5, (B, 3)), torch.randint(3, (B,))
     _, module, _, criterion = private(model, x, y, nn.CrossEntropyLoss())
@@ -153,20 +160,20 @@ def test_embeddings_that_mix_samples(option: str, reason: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
-def test_convolution_with_padding_mode(mode: str) -> None:
+def test_convolution_with_padding_mode(private: Any, mode: str) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode=mode), nn.Flatten(), nn.Linear(75, 3))
     plain = nn.CrossEntropyLoss()
-    clipped_sum_is_right(model, plain, plain, torch.randn(B, 2, 5, 5), torch.randint(3, (B,)))
+    clipped_sum_is_right(private, model, plain, plain, torch.randn(B, 2, 5, 5), torch.randint(3, (B,)))
 
 
-def test_channels_last() -> None:
+def test_channels_last(private: Any) -> None:
     model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(27, 3)).to(memory_format=torch.channels_last)
     x = torch.randn(B, 4, 5, 5).to(memory_format=torch.channels_last)
     plain = nn.CrossEntropyLoss()
-    clipped_sum_is_right(model, plain, plain, x, torch.randint(3, (B,)))
+    clipped_sum_is_right(private, model, plain, plain, x, torch.randint(3, (B,)))
 
 
-def test_empty_batch_through_flatten() -> None:
+def test_empty_batch_through_flatten(private: Any) -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(27, 3))
     x, y = torch.randn(B, 2, 5, 5), torch.randint(3, (B,))
     _, module, optimizer, criterion = private(model, x, y, nn.CrossEntropyLoss())

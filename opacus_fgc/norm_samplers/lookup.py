@@ -76,6 +76,15 @@ def find_sampler(layer: nn.Module, force_functorch: bool = False) -> Sampler:
     for base in type(layer).__mro__:
         if base in NORM_SAMPLERS and base.forward is type(layer).forward and "forward" not in vars(layer):
             return Registered(NORM_SAMPLERS[base], _form_or_norms)
+    return find_gradient_sampler(layer)
+
+
+def find_gradient_sampler(layer: nn.Module) -> Sampler:
+    """As `find_sampler`, but without the norm samplers: what gives gradients for sure.
+
+    Args:
+        layer: a layer with trainable parameters of its own.
+    """
     if type(layer) in GradSampleHooks.GRAD_SAMPLERS:
         return Registered(GradSampleHooks.GRAD_SAMPLERS[type(layer)], _dense)
     return Functorch()
