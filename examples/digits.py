@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
@@ -68,7 +68,7 @@ class Result:
     epsilons: list[float]
     seconds: float
     peak_memory: float
-    norms: Tensor | None
+    norms: np.ndarray | None
 
 
 def data() -> tuple[TensorDataset, TensorDataset]:
@@ -156,7 +156,7 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
 
         result.accuracies.append(accuracy(model, test_set))
         result.epsilons.append(engine.get_epsilon(args.delta))
-        result.norms = torch.cat(norms) if norms else None
+        result.norms = torch.cat(norms).numpy() if norms else None
         progress.set_postfix(
             loss=f"{sum(losses) / len(losses):.3f}",
             accuracy=f"{result.accuracies[-1]:.1%}",
@@ -236,18 +236,18 @@ def draw_accuracies(axes: Axes, results: list[Result]) -> None:
         axes.plot(result.epsilons, result.accuracies, style, markersize=4, linewidth=1.5, label=label)
     axes.set(title="Accuracy against epsilon", xlabel="epsilon spent", ylabel="test accuracy", xlim=(0, None))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(frameon=False)
 
 
-def draw_norms(axes: Axes, norms: Tensor, max_grad_norm: float) -> None:
+def draw_norms(axes: Axes, norms: np.ndarray, max_grad_norm: float) -> None:
     """Histogram of per-sample gradient norms, with C in it. Nothing hides what a single training image adds to it."""
-    shown = norms.clamp(min=max(norms.max().item() / 1e6, 1e-12)).numpy()  # a logarithmic axis has no place for 0
-    axes.hist(shown, bins=np.geomspace(shown.min(), shown.max(), 50), color="tab:blue", alpha=0.7)
+    shown = norms.clip(min=max(norms.max() / 1e6, 1e-12))  # a logarithmic axis has no place for 0
+    axes.hist(shown, bins=list(np.geomspace(shown.min(), shown.max(), 50)), color="tab:blue", alpha=0.7)
     axes.axvline(max_grad_norm, color="tab:red", linewidth=1.5)
     axes.text(
         max_grad_norm,
         0.98,
-        f"  C = {max_grad_norm:g}\n  {(norms > max_grad_norm).sum() / len(norms):.0%} are clipped",
+        f"  C = {max_grad_norm:g}\n  {(norms > max_grad_norm).mean():.0%} are clipped",
         transform=axes.get_xaxis_transform(),
         verticalalignment="top",
         color="tab:red",
@@ -315,9 +315,8 @@ def main() -> None:
     print("seconds of the training steps alone; peak memory over the level before training")
     if args.plot:
         plot(results, args.max_grad_norm, args.plot)
-        print(
-            f"picture in {args.plot}" + ("" if results[0].norms is not None else ", without norms: this mode has none")
-        )
+        without = ", without a histogram: this mode keeps no gradient norms" if results[0].norms is None else ""
+        print(f"picture in {args.plot}{without}")
 
 
 if __name__ == "__main__":
