@@ -81,7 +81,9 @@ class Residual(nn.Module):
         )
         self.around: nn.Module = nn.Identity()
         if stride != 1 or channels_in != channels:
-            self.around = nn.Sequential(nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.GroupNorm(8, channels))
+            self.around = nn.Sequential(
+                nn.Conv2d(channels_in, channels, 1, stride, bias=False), nn.GroupNorm(8, channels)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps images to images."""

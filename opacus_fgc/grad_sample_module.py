@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
 from opacus.grad_sample import GradSampleModule
+from opacus.layers.dp_multihead_attention import SequenceBias
 from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import has_trainable_params, trainable_modules, trainable_parameters
 from torch import Tensor, nn
@@ -54,6 +55,28 @@ def _refuse_packed_sequences(name: str, module: nn.Module, args: tuple[Any, ...]
         )
 
 
+def _check_forms(params: dict[str, nn.Parameter], forms: dict[Any, PerSampleGradient]) -> None:
+    """Raises if a sampler did not answer for just the parameters of its layer."""
+    own = set(params.values())
+    for param, form in forms.items():
+        if param not in own:
+            raise ValueError(
+                f"its sampler gives per-sample gradients for something of shape {tuple(param.shape)} that is no parameter of "
+                "its own; those of its children have taps of their own"
+            )
+        if form.shape != param.shape:
+            raise ValueError(
+                f"its sampler gives per-sample gradients of shape {tuple(form.shape)} for a parameter of shape "
+                f"{tuple(param.shape)}"
+            )
+    for name, param in params.items():
+        if param.requires_grad and param not in forms:
+            raise NotImplementedError(
+                f"its sampler gives nothing for its parameter '{name}' of shape {tuple(param.shape)}; register a norm "
+                "sampler for it that does (opacus_fgc.register_norm_sampler), or freeze the parameter"
+            )
+
+
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
     """Sets ``param._norm_sample`` to the norms of given per-sample gradients.
 
@@ -64,6 +87,21 @@ def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -
     """
     if param.requires_grad:
         param._norm_sample = Dense(grad_sample[:max_batch_len]).norm()
+
+
+@dataclass(frozen=True)
+class TappedLayer:
+    """A layer with a tap.
+
+    Attributes:
+        name: what to call it in errors.
+        sampler: what computes its per-sample gradients.
+        params: the parameters that the sampler answers for, by name.
+    """
+
+    name: str
+    sampler: Sampler
+    params: dict[str, nn.Parameter]
 
 
 @dataclass
@@ -178,8 +216,12 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     ) -> None:
         """Puts a tap on every trainable layer; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = []
-        self._names = {layer: name for name, layer in self._module.named_modules()}
+        names = {layer: name for name, layer in self._module.named_modules()}
+        self._layers = {}
         for layer in self.iterate_submodules(self._module):
+            sampler = find_sampler(layer, self.force_functorch)
+            params = dict(layer.named_parameters(recurse=sampler.covers_children))
+            self._layers[layer] = TappedLayer(describe(names[layer], layer), sampler, params)
             # First of all hooks, so that the tap sees what the layer itself returned.
             handle = layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True)
             self.autograd_grad_sample_hooks.append(handle)
@@ -207,26 +249,21 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         recomputing = torch._C._current_graph_task_id() != -1
         if self._sampling or not torch.is_grad_enabled() or not (self.hooks_enabled or recomputing):
             return forward_output
-        sampler = find_sampler(module, self.force_functorch)
-        params = [param for param in module.parameters(sampler.covers_children) if param.requires_grad]
+        layer = self._layers[module]
+        params = [param for param in layer.params.values() if param.requires_grad]
         if not params:
             return forward_output
         if not recomputing:
             self._open_record().expect(params)
-        axis = batch_axis(module, tensors_in((forward_input, forward_kwargs)), self.batch_first)
+        axis = 0
+        if not self.batch_first or isinstance(module, SequenceBias):
+            axis = batch_axis(module, tensors_in((forward_input, forward_kwargs)), self.batch_first)
+        receive = partial(self._receive, module)
+        fingerprint = layer.sampler.fingerprint
         try:
-            return tap(
-                forward_output,
-                forward_input,
-                forward_kwargs,
-                self._anchor,
-                params,
-                partial(self._receive, module),
-                axis,
-                sampler.fingerprint,
-            )
+            return tap(forward_output, forward_input, forward_kwargs, self._anchor, params, receive, axis, fingerprint)
         except NotImplementedError as error:
-            raise NotImplementedError(f"{self._describe(module)}: {error}") from error
+            raise NotImplementedError(f"{layer.name}: {error}") from error
 
     def _open_record(self) -> Record:
         """The record of the step whose forward runs; a new one if backward has been there."""
@@ -243,9 +280,6 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 self._open_record()
             assert self.record is not None
             self.capture_backprops_hook(module, call, backprops, self.record.loss_reduction, self.batch_first)
-
-    def _describe(self, module: nn.Module) -> str:
-        return describe(self._names.get(module, ""), module)
 
     # Norms
 
@@ -272,48 +306,26 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         assert self.record is not None
         check_loss_reduction(loss_reduction)
-        name = self._describe(module)
-        sampler = find_sampler(module, self.force_functorch)
+        layer = self._layers[module]
         self._sampling = True
         try:
             with full_precision(forward_output[0].device):
-                forms = sampler(module, _forward_input, forward_output)
-                self._check_complete(module, sampler, forms)
+                forms = layer.sampler(module, _forward_input, forward_output)
+                _check_forms(layer.params, forms)
                 if self.record.keep_forms and any(isinstance(form, NormOnly) for form in forms.values()):
                     forms = find_gradient_sampler(module)(module, _forward_input, forward_output)
                 forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
         except (NotImplementedError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
+            raise type(error)(f"{layer.name}: {error}") from error
         finally:
             self._sampling = False
         self.record.loss_reduction = loss_reduction
-        for param, norm in self.record.receive(name, forms).items():
+        for param, norm in self.record.receive(layer.name, forms).items():
             param._norm_sample = norm
 
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
         return Dense(form.materialize()) if materialize else form
-
-    @staticmethod
-    def _check_complete(module: nn.Module, sampler: Sampler, forms: dict[Any, PerSampleGradient]) -> None:
-        for name, param in module.named_parameters(recurse=sampler.covers_children):
-            if param.requires_grad and param not in forms:
-                raise NotImplementedError(
-                    f"its sampler gives nothing for its parameter '{name}' of shape {tuple(param.shape)}; register a norm "
-                    "sampler for it that does (opacus_fgc.register_norm_sampler), or freeze the parameter"
-                )
-        own = set(module.parameters(recurse=sampler.covers_children))
-        for param, form in forms.items():
-            if param not in own:
-                raise ValueError(
-                    f"its sampler gives per-sample gradients for something of shape {tuple(param.shape)} that is no parameter of "
-                    "its own; those of its children have taps of their own"
-                )
-            if form.shape != param.shape:
-                raise ValueError(
-                    f"its sampler gives per-sample gradients of shape {tuple(form.shape)} for a parameter of shape "
-                    f"{tuple(param.shape)}"
-                )
 
     @contextmanager
     def hooks_off(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """A context without autocast: a backward that is called under it must not compute norms in half precision."""
-    return torch.autocast(device.type, enabled=False)
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def slices(count: int, elements: int) -> Iterator[slice]:
@@ -114,6 +117,21 @@ class Dense(PerSampleGradient):
         return cls(torch.stack([form.values for form in forms]).sum(0))
 
 
+def _gram_inner(left: Tensor, right: Tensor) -> Tensor:
+    """``sum_ts <left_t, left_s> <right_t, right_s>`` of each sample, from both ``(N, groups, T, *)``.
+
+    Gram matrices are symmetric: of four rows of blocks only the blocks from the diagonal on are computed.
+    """
+    positions = left.shape[2]
+    step = -(-positions // 4) if positions >= 32 else positions
+    total: Tensor = left.new_zeros(len(left))
+    for start in range(0, positions, step):
+        rows = slice(start, start + step)
+        gram = (left[:, :, rows] @ left[:, :, start:].mT) * (right[:, :, rows] @ right[:, :, start:].mT)
+        total = total + gram[..., :step].sum((1, 2, 3)) + 2 * gram[..., step:].sum((1, 2, 3))
+    return total
+
+
 class Outer(PerSampleGradient):
     """``gradient[n] = sum_t left[n, :, t] (x) right[n, :, t]``, the weight gradient of a linear map.
 
@@ -133,16 +151,10 @@ class Outer(PerSampleGradient):
         self.shape = shape
         self.batch_size = len(left)
 
-    def _few_positions(self) -> bool:
-        """Whether Gram matrices, ``T^2 (p + d)``, are less work than the gradients, ``T p d``; they are smaller then too."""
+    def _work(self) -> float:
+        """Multiplications of the two Gram matrices, ``T^2 (p + d)``, over those of the gradients, ``T p d``."""
         positions, p, d = self.left.shape[2], self.left.shape[3], self.right.shape[3]
-        return positions * (p + d) <= p * d
-
-    def measured(self) -> tuple[Tensor, PerSampleGradient]:
-        if self.left.shape[2] == 1 or self._few_positions():
-            return super().measured()
-        gradients = at_least_float32(self.left).mT @ at_least_float32(self.right)
-        return Dense(gradients.reshape(self.batch_size, *self.shape)).measured()
+        return positions * (p + d) / max(1, p * d)
 
     def squared_norm(self) -> Tensor:
         _, groups, positions, p = self.left.shape
@@ -150,23 +162,35 @@ class Outer(PerSampleGradient):
         if positions == 1:
             left, right = at_least_float32(self.left), at_least_float32(self.right)
             return (left.square().sum(-1) * right.square().sum(-1)).sum((1, 2))
-        use_gram = self._few_positions()
-        elements = groups * (2 * positions**2 if use_gram else p * d)
+        # Blocks save 6/16 of a Gram matrix, and products of single samples run below a large one's speed.
+        use_gram = self._work() < 1.5
+        elements = groups * (positions**2 if use_gram else p * d)
         parts = []
         for part in slices(self.batch_size, elements):
             left, right = at_least_float32(self.left[part]), at_least_float32(self.right[part])
             if use_gram:
-                grams = (left @ left.mT) * (right @ right.mT)
-                parts.append(grams.sum((1, 2, 3)))
+                parts.append(_gram_inner(left, right))
             else:
                 parts.append((left.mT @ right).square().sum((1, 2, 3)))
         return torch.cat(parts) if parts else at_least_float32(self.left).new_zeros(0)
 
+    def measured(self) -> tuple[Tensor, PerSampleGradient]:
+        # From here on the gradients take no more room than what they are made of, and are all that a weighted sum needs.
+        if self.left.shape[2] == 1 or self._work() < 1:
+            return super().measured()
+        gradients = at_least_float32(self.left).mT @ at_least_float32(self.right)
+        return Dense(gradients.reshape(self.batch_size, *self.shape)).measured()
+
     def weighted_sum(self, coef: Tensor) -> Tensor:
-        left = self.left * coef.to(self.left.dtype)[:, None, None, None]
+        left, right = self.left, self.right
+        coef = coef.to(left.dtype)[:, None, None, None]
+        if left.shape[3] < right.shape[3]:
+            left = left * coef
+        else:
+            right = right * coef
         if left.shape[1] == 1:
-            return (left.flatten(0, 2).mT @ self.right.flatten(0, 2)).reshape(self.shape)
-        return torch.einsum("ngtp,ngtd->gpd", left, self.right).reshape(self.shape)
+            return (left.flatten(0, 2).mT @ right.flatten(0, 2)).reshape(self.shape)
+        return torch.einsum("ngtp,ngtd->gpd", left, right).reshape(self.shape)
 
     def materialize(self) -> Tensor:
         return (self.left.mT @ self.right).reshape(self.batch_size, *self.shape)

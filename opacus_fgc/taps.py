@@ -7,7 +7,7 @@ these too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,27 +52,46 @@ Receiver = Callable[[Call, tuple[Tensor, ...]], None]
 
 
 class _Pending:
-    """All of a call but its tensors, which autograd keeps."""
+    """All of a call but its tensors, which autograd keeps. Made for every call of every layer, so it is kept light."""
 
-    def __init__(self, params: frozenset[Tensor], receive: Receiver) -> None:
+    __slots__ = ("autocast", "batch_axis", "fingerprint", "leaves", "outputs", "params", "receive", "spec")
+
+    def __init__(self, params: Collection[Tensor], receive: Receiver, batch_axis: int) -> None:
         self.params = params
         self.receive = receive
-        self.leaves: list[Any] = []
+        self.batch_axis = batch_axis
+        self.outputs: tuple[int, ...] = (0,)
+        self.leaves: list[Any] | None = None
         self.spec: TreeSpec | None = None
-        self.positions: list[int] = []
-        self.outputs: tuple[int, ...] = ()
-        self.batch_axis = 0
         self.fingerprint: Any = None
         self.autocast = (False, torch.float32)
 
+    def stands_for(self, param: Tensor) -> bool:
+        """Whether the tap is one for this parameter."""
+        return any(param is own for own in self.params)
+
+    def take_activations(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Takes the tensors out of a call and remembers their places."""
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+            return [args[0]]
+        leaves, self.spec = tree_flatten((args, kwargs))
+        self.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
     def with_activations(self, activations: tuple[Tensor, ...]) -> Call:
         """The call, with its tensors in their places."""
-        leaves = list(self.leaves)
-        for position, activation in zip(self.positions, activations, strict=True):
-            leaves[position] = activation.detach()
-        assert self.spec is not None
-        args, kwargs = tree_unflatten(leaves, self.spec)
+        detached = [activation.detach() for activation in activations]
+        args: tuple[Any, ...] = tuple(detached)
+        kwargs: dict[str, Any] = {}
+        if self.leaves is not None:
+            assert self.spec is not None
+            tensors = iter(detached)
+            leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in self.leaves]
+            args, kwargs = tree_unflatten(leaves, self.spec)
         return Call(args, kwargs, self.outputs, self.batch_axis, self.fingerprint, self.autocast)
+
+
+_TENSOR = object()
 
 
 class Tap(torch.autograd.Function):
@@ -105,7 +124,7 @@ def tap(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     anchor: Tensor,
-    params: Iterable[Tensor],
+    params: Collection[Tensor],
     receive: Receiver,
     batch_axis: int,
     fingerprint: Callable[[list[Tensor], int], Any],
@@ -125,25 +144,25 @@ def tap(
     Returns:
         The output, with every tensor that needs a gradient replaced by an alias; as it was if there is none.
     """
-    outputs, output_spec = tree_flatten(output)
-    tapped = tuple(i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    pending = _Pending(params, receive, batch_axis)
+    plain = isinstance(output, Tensor)
+    outputs, spec = ([output], None) if plain else tree_flatten(output)
+    tapped = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not tapped:
         return output
-    pending = _Pending(frozenset(params), receive)
-    pending.leaves, pending.spec = tree_flatten((args, kwargs))
-    pending.positions = [i for i, leaf in enumerate(pending.leaves) if isinstance(leaf, Tensor)]
-    activations = [pending.leaves[i] for i in pending.positions]
-    for i in pending.positions:
-        pending.leaves[i] = None
-    pending.outputs = tapped
-    pending.batch_axis = batch_axis
-    pending.fingerprint = fingerprint([outputs[i] for i in tapped], batch_axis)
-    device = outputs[tapped[0]].device.type
-    pending.autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-    aliases = Tap.apply(pending, anchor, *[outputs[i] for i in tapped], *activations)
-    for i, alias in zip(tapped, aliases, strict=True):
+    if not plain:
+        pending.outputs = tuple(i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    pending.fingerprint = fingerprint(tapped, batch_axis)
+    device = tapped[0].device.type
+    if torch.is_autocast_enabled(device):
+        pending.autocast = (True, torch.get_autocast_dtype(device))
+    aliases = Tap.apply(pending, anchor, *tapped, *pending.take_activations(args, kwargs))
+    if plain:
+        return aliases[0]
+    for i, alias in zip(pending.outputs, aliases, strict=True):
         outputs[i] = alias
-    return tree_unflatten(outputs, output_spec)
+    assert spec is not None
+    return tree_unflatten(outputs, spec)
 
 
 def untapped(loss: Tensor, params: Iterable[Tensor]) -> set[Tensor]:
@@ -178,7 +197,7 @@ def untapped(loss: Tensor, params: Iterable[Tensor]) -> set[Tensor]:
             todo += [(edge, node) for edge in edges[:count]]
             continue
         variable = getattr(node, "variable", None)
-        if variable is not None and variable in wanted and (owner is None or variable not in owner.pending.params):
+        if variable is not None and variable in wanted and (owner is None or not owner.pending.stands_for(variable)):
             found.add(variable)
         todo += [(edge[0], owner) for edge in node.next_functions]
     return found

@@ -23,5 +23,5 @@ def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Fo
     if layer.weight.requires_grad:
         forms[layer.weight] = Outer(left, as_positions(activations[0]).to(left.dtype), layer.weight.shape)
     if layer.bias is not None and layer.bias.requires_grad:
-        forms[layer.bias] = Dense(at_least_float32(left).sum(1))
+        forms[layer.bias] = Dense(left[:, 0] if left.shape[1] == 1 else at_least_float32(left).sum(1))
     return forms
