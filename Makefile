@@ -1,13 +1,16 @@
 PYTHON ?= python3
 TOX := .venv/bin/tox
 
-.PHONY: demo test lint type clean
+.PHONY: bench demo test lint type clean
 
 demo: $(TOX)  ## private training on real data
 	$(TOX) run -q -e demo -- $(ARGS)
 
 test: $(TOX)  ## all tests
 	$(TOX) run -e torch213 -- $(ARGS)
+
+bench: $(TOX)  ## time of a step, as ratios to the step without privacy
+	$(TOX) run -q -e bench -- $(ARGS)
 
 lint type: $(TOX)
 	$(TOX) run -e $@

@@ -271,7 +271,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=positive_float, default=0.2, help="learning rate of SGD with momentum")
     parser.add_argument("--max-grad-norm", type=positive_float, default=1.0, help="C: what each gradient is clipped to")
     parser.add_argument(
-        "--mode", choices=("ghost", "hooks", "functorch", "ew"), default="ghost", help="Opacus' grad_sample_mode"
+        "--mode",
+        choices=("ghost", "ghost_bk", "hooks", "functorch", "ew"),
+        default="ghost",
+        help="Opacus' grad_sample_mode",
     )
     parser.add_argument("--seed", type=int, default=0, help="for initial weights, batches and noise")
     parser.add_argument("--compare", action="store_true", help="train once more with Opacus' own ghost mode")

@@ -175,8 +175,8 @@ class Outer(PerSampleGradient):
         return torch.cat(parts) if parts else at_least_float32(self.left).new_zeros(0)
 
     def measured(self) -> tuple[Tensor, PerSampleGradient]:
-        # From here on the gradients take no more room than what they are made of, and are all that a weighted sum needs.
-        if self.left.shape[2] == 1 or self._work() < 1:
+        # Kept gradients are all that a weighted sum needs, so forming them is no extra work; below this they take too much room.
+        if self.left.shape[2] == 1 or self._work() < 0.6:
             return super().measured()
         gradients = at_least_float32(self.left).mT @ at_least_float32(self.right)
         return Dense(gradients.reshape(self.batch_size, *self.shape)).measured()
