@@ -11,70 +11,25 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
 from opacus.grad_sample import GradSampleModule
-from opacus.layers.dp_multihead_attention import SequenceBias
 from opacus.layers.dp_rnn import DPRNNBase
-from opacus.utils.module_utils import has_trainable_params, trainable_modules, trainable_parameters
+from opacus.utils.module_utils import has_trainable_params, trainable_parameters
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
+from opacus_fgc.checks import (
+    check_forms,
+    check_loss_reduction,
+    describe,
+    refuse_buffers,
+    refuse_overlap,
+    refuse_packed_sequences,
+)
+from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_gradient_sampler, find_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, full_precision
 from opacus_fgc.record import Record
-from opacus_fgc.taps import Call, tap, tensors_in, untapped
-
-
-def check_loss_reduction(loss_reduction: object) -> None:
-    """Raises a ValueError if the reduction is none that Opacus knows."""
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(f"loss_reduction is {loss_reduction!r}; it is either 'mean' or 'sum'")
-
-
-def describe(name: str, module: nn.Module) -> str:
-    """What to call a layer in errors, given its name in the model."""
-    return f"layer '{name}' ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
-
-
-def _refuse_buffers(model: nn.Module) -> None:
-    for name, module in trainable_modules(model):
-        buffers = [buffer for buffer, _ in module.named_buffers()]
-        if buffers:
-            raise NotImplementedError(
-                f"{describe(name, module)} is trainable and has buffers ({', '.join(buffers)}), which may carry "
-                "one sample's data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so for batch "
-                "norms), freeze its parameters, or pass strict=False to the wrapper if its buffers are constants"
-            )
-
-
-def _refuse_packed_sequences(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    if args and isinstance(args[0], PackedSequence):
-        raise NotImplementedError(
-            f"{describe(name, module)} was called on a PackedSequence, whose rows are not in the order of the batch; pad the "
-            "sequences (torch.nn.utils.rnn.pad_sequence) and ignore the padding in the loss"
-        )
-
-
-def _check_forms(params: dict[str, nn.Parameter], forms: dict[Any, PerSampleGradient]) -> None:
-    """Raises if a sampler did not answer for just the parameters of its layer."""
-    own = set(params.values())
-    for param, form in forms.items():
-        if param not in own:
-            raise ValueError(
-                f"its sampler gives per-sample gradients for something of shape {tuple(param.shape)} that is no parameter of "
-                "its own; those of its children have taps of their own"
-            )
-        if form.shape != param.shape:
-            raise ValueError(
-                f"its sampler gives per-sample gradients of shape {tuple(form.shape)} for a parameter of shape "
-                f"{tuple(param.shape)}"
-            )
-    for name, param in params.items():
-        if param.requires_grad and param not in forms:
-            raise NotImplementedError(
-                f"its sampler gives nothing for its parameter '{name}' of shape {tuple(param.shape)}; register a norm "
-                "sampler for it that does (opacus_fgc.register_norm_sampler), or freeze the parameter"
-            )
+from opacus_fgc.taps import Call, tap, untapped
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -102,19 +57,6 @@ class TappedLayer:
     name: str
     sampler: Sampler
     params: dict[str, nn.Parameter]
-
-
-@dataclass
-class ClippedSum:
-    """What has been summed into the parameters' ``summed_grad`` since the last step.
-
-    Attributes:
-        passes: how many clipped backward passes.
-        max_grad_norm: the norm that their samples were clipped to.
-    """
-
-    passes: int = 0
-    max_grad_norm: float | None = None
 
 
 class GradSampleHooksFastGradientClipping(OpacusHooks):
@@ -155,9 +97,10 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
         self.clipping = FlatClipping(max_grad_norm)
         if strict:
-            _refuse_buffers(m)
+            refuse_buffers(m)
         self.force_functorch = force_functorch
-        self._refuse_overlap(m)
+        tapped = set(self.iterate_submodules(m))
+        refuse_overlap(m, tapped, {layer for layer in tapped if find_sampler(layer, force_functorch).covers_children})
         self.record: Record | None = None
         self.clipped_sum = ClippedSum()
         self._sampling = False
@@ -199,18 +142,6 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                     continue
             todo.extend(layer.children())
 
-    def _refuse_overlap(self, model: nn.Module) -> None:
-        tapped = set(self.iterate_submodules(model))
-        names = {module: name for name, module in model.named_modules()}
-        for layer in tapped:
-            if find_sampler(layer, self.force_functorch).covers_children:
-                for child in tapped.intersection(layer.modules()) - {layer}:
-                    raise NotImplementedError(
-                        f"{describe(names[child], child)} is a part of {describe(names[layer], layer)}, which has no norm "
-                        "sampler and goes to functorch as a whole, and is used elsewhere too. Register a norm sampler for "
-                        "the latter (opacus_fgc.register_norm_sampler)"
-                    )
-
     def add_hooks(
         self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
     ) -> None:
@@ -227,7 +158,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             self.autograd_grad_sample_hooks.append(handle)
         for name, module in self._module.named_modules():
             if isinstance(module, DPRNNBase):
-                refuse = partial(_refuse_packed_sequences, name)
+                refuse = partial(refuse_packed_sequences, name)
                 self.autograd_grad_sample_hooks.append(module.register_forward_pre_hook(refuse))
         for _, param in trainable_parameters(self._module):
             self.autograd_grad_sample_hooks.append(param.register_hook(partial(self._collect_second_pass, param)))
@@ -255,9 +186,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             return forward_output
         if not recomputing:
             self._open_record().expect(params)
-        axis = 0
-        if not self.batch_first or isinstance(module, SequenceBias):
-            axis = batch_axis(module, tensors_in((forward_input, forward_kwargs)), self.batch_first)
+        axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
         receive = partial(self._receive, module)
         fingerprint = layer.sampler.fingerprint
         try:
@@ -311,7 +240,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         try:
             with full_precision(forward_output[0].device):
                 forms = layer.sampler(module, _forward_input, forward_output)
-                _check_forms(layer.params, forms)
+                check_forms(layer.params, forms)
                 if self.record.keep_forms and any(isinstance(form, NormOnly) for form in forms.values()):
                     forms = find_gradient_sampler(module)(module, _forward_input, forward_output)
                 forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
@@ -424,15 +353,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 "optimizer.step() and optimizer.zero_grad() for each batch; to split large batches use opacus.utils."
                 "batch_memory_manager.BatchMemoryManager"
             )
-        self.check_max_grad_norm()
-
-    def check_max_grad_norm(self) -> None:
-        """Raises a ValueError if the clipping norm is not the one that the clipped sum was clipped to."""
-        if self.clipped_sum.max_grad_norm not in (None, self.max_grad_norm):
-            raise ValueError(
-                f"max_grad_norm changed from {self.clipped_sum.max_grad_norm} to {self.max_grad_norm} with a clipped sum "
-                "waiting for optimizer.step(); change it after the step"
-            )
+        self.clipped_sum.check_norm(self.max_grad_norm)
 
     def add_to_clipped_sum(self, gradients: Iterable[tuple[Any, Tensor | None]]) -> None:
         """Adds the clipped sum of one backward pass to the parameters' ``summed_grad``.
@@ -441,23 +362,13 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0.
         """
         try:
-            for param, gradient in gradients:
-                if gradient is None:
-                    gradient = torch.zeros_like(param)
-                elif gradient.layout != torch.strided:
-                    gradient = gradient.to_dense()
-                summed = getattr(param, "summed_grad", None)
-                if summed is None:
-                    param.summed_grad = gradient.detach()
-                else:
-                    summed.add_(gradient)
+            self.clipped_sum.add(gradients, self.max_grad_norm)
         except BaseException:
             # Half a sum is of no use to any step.
             for param in self.trainable_parameters:
                 param.summed_grad = None
             self.clipped_sum = ClippedSum()
             raise
-        self.clipped_sum = ClippedSum(self.clipped_sum.passes + 1, self.max_grad_norm)
 
     def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
         """``sum_n coef[n] * gradient[n]`` for each trainable parameter, after a first pass that kept the forms.

@@ -11,7 +11,8 @@ from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping as OpacusTensor
 from torch import Tensor
 
-from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping, check_loss_reduction
+from opacus_fgc.checks import check_loss_reduction
+from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 
 Backward = Callable[[GradSampleHooksFastGradientClipping, Tensor], None]

@@ -11,12 +11,10 @@ import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
 from torch.optim import Optimizer
 
+from opacus_fgc.checks import check_loss_reduction
+from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.grad_sample_module import (
-    ClippedSum,
-    GradSampleHooksFastGradientClipping,
-    check_loss_reduction,
-)
+from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 
 
 def check_noise_multiplier(value: object) -> None:
@@ -122,7 +120,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 "gradients of a plain loss.backward() are not clipped and are not used. (In a loop with two passes by hand, "
                 "call enable_hooks() after the second.)"
             )
-        self.module.check_max_grad_norm()
+        self.module.clipped_sum.check_norm(self.max_grad_norm)
         missing = sum(getattr(param, "summed_grad", None) is None for param in self.params)
         if missing:
             raise ValueError(

@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient
-from opacus_fgc.taps import Call
+from opacus_fgc.taps import Call, tensors_in
 
 
 class Registered:
@@ -90,7 +90,7 @@ def find_gradient_sampler(layer: nn.Module) -> Sampler:
     return Functorch()
 
 
-def batch_axis(layer: nn.Module, activations: list[Tensor], batch_first: bool) -> int:
+def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
     """The axis of a layer's inputs and outputs that counts samples.
 
     Layers that define their batch axis have it there whatever the model's convention is. With ``batch_first=False`` others
@@ -98,7 +98,7 @@ def batch_axis(layer: nn.Module, activations: list[Tensor], batch_first: bool) -
 
     Args:
         layer: the layer.
-        activations: the tensors that it was called with.
+        inputs: what it was called with, tensors in any nesting.
         batch_first: the convention of the model.
     """
     if isinstance(layer, SequenceBias):
@@ -111,4 +111,5 @@ def batch_axis(layer: nn.Module, activations: list[Tensor], batch_first: bool) -
         features = len(layer.normalized_shape)
     else:
         features = 1
+    activations = tensors_in(inputs)
     return 1 if activations and activations[0].dim() - features >= 2 else 0

@@ -1,0 +1,83 @@
+"""What is refused before or while a model is wrapped, and the names by which errors call layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opacus.utils.module_utils import trainable_modules
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+
+from opacus_fgc.per_sample import PerSampleGradient
+
+
+def check_loss_reduction(loss_reduction: object) -> None:
+    """Raises a ValueError if the reduction is none that Opacus knows."""
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction is {loss_reduction!r}; it is either 'mean' or 'sum'")
+
+
+def describe(name: str, module: nn.Module) -> str:
+    """What to call a layer in errors, given its name in the model."""
+    return f"layer '{name}' ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
+
+
+def refuse_buffers(model: nn.Module) -> None:
+    """Raises a NotImplementedError if a trainable layer has buffers."""
+    for name, module in trainable_modules(model):
+        buffers = [buffer for buffer, _ in module.named_buffers()]
+        if buffers:
+            raise NotImplementedError(
+                f"{describe(name, module)} is trainable and has buffers ({', '.join(buffers)}), which may carry "
+                "one sample's data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so for batch "
+                "norms), freeze its parameters, or pass strict=False to the wrapper if its buffers are constants"
+            )
+
+
+def refuse_packed_sequences(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of Opacus' recurrent layers: raises a NotImplementedError if one is called on packed sequences."""
+    if args and isinstance(args[0], PackedSequence):
+        raise NotImplementedError(
+            f"{describe(name, module)} was called on a PackedSequence, whose rows are not in the order of the batch; pad the "
+            "sequences (torch.nn.utils.rnn.pad_sequence) and ignore the padding in the loss"
+        )
+
+
+def check_forms(params: dict[str, nn.Parameter], forms: dict[Any, PerSampleGradient]) -> None:
+    """Raises if a sampler did not answer for just the parameters of its layer."""
+    own = set(params.values())
+    for param, form in forms.items():
+        if param not in own:
+            raise ValueError(
+                f"its sampler gives per-sample gradients for something of shape {tuple(param.shape)} that is no parameter of "
+                "its own; those of its children have taps of their own"
+            )
+        if form.shape != param.shape:
+            raise ValueError(
+                f"its sampler gives per-sample gradients of shape {tuple(form.shape)} for a parameter of shape "
+                f"{tuple(param.shape)}"
+            )
+    for name, param in params.items():
+        if param.requires_grad and param not in forms:
+            raise NotImplementedError(
+                f"its sampler gives nothing for its parameter '{name}' of shape {tuple(param.shape)}; register a norm "
+                "sampler for it that does (opacus_fgc.register_norm_sampler), or freeze the parameter"
+            )
+
+
+def refuse_overlap(model: nn.Module, tapped: set[nn.Module], whole: set[nn.Module]) -> None:
+    """Raises a NotImplementedError if a layer with a tap of its own is a part of one that is tapped as a whole.
+
+    Args:
+        model: the model, for names.
+        tapped: all layers that get a tap.
+        whole: those of them whose tap stands for everything in them.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    for layer in whole:
+        for child in tapped.intersection(layer.modules()) - {layer}:
+            raise NotImplementedError(
+                f"{describe(names[child], child)} is a part of {describe(names[layer], layer)}, which has no norm sampler and "
+                "goes to functorch as a whole, and is used elsewhere too. Register a norm sampler for the latter "
+                "(opacus_fgc.register_norm_sampler)"
+            )

@@ -1,0 +1,51 @@
+"""The sum of clipped gradients that waits for the optimizer's step, in the parameters' ``summed_grad``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ClippedSum:
+    """What has been summed since the last step.
+
+    Attributes:
+        passes: how many clipped backward passes.
+        max_grad_norm: the norm that their samples were clipped to; None before the first.
+    """
+
+    passes: int = 0
+    max_grad_norm: float | None = None
+
+    def check_norm(self, max_grad_norm: float) -> None:
+        """Raises a ValueError if the clipping norm is not the one that the sum was clipped to."""
+        if self.max_grad_norm not in (None, max_grad_norm):
+            raise ValueError(
+                f"max_grad_norm changed from {self.max_grad_norm} to {max_grad_norm} with a clipped sum waiting for "
+                "optimizer.step(); change it after the step"
+            )
+
+    def add(self, gradients: Iterable[tuple[Any, Tensor | None]], max_grad_norm: float) -> None:
+        """Adds one backward pass.
+
+        Args:
+            gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0.
+            max_grad_norm: the norm that was clipped to.
+        """
+        for param, gradient in gradients:
+            if gradient is None:
+                gradient = torch.zeros_like(param)
+            elif gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            summed = getattr(param, "summed_grad", None)
+            if summed is None:
+                param.summed_grad = gradient.detach()
+            else:
+                summed.add_(gradient)
+        self.passes += 1
+        self.max_grad_norm = max_grad_norm
