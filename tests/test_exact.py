@@ -60,7 +60,6 @@ def private(case: Case, entry: str, reduction: str, max_grad_norm: float, n: int
 
 
 def assert_equal(actual: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
-    # The root of a sum that is zero but for rounding is 1e-8; such a norm is wrong by no more than the gradient it is of.
     torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10, msg=lambda text: f"{what}: {text}")
 
 
