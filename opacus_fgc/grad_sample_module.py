@@ -242,7 +242,9 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 forms = layer.sampler(module, _forward_input, forward_output)
                 check_forms(layer.params, forms)
                 if self.record.keep_forms and any(isinstance(form, NormOnly) for form in forms.values()):
-                    forms = find_gradient_sampler(module)(module, _forward_input, forward_output)
+                    # Functorch answers for the children as well, but they have taps of their own.
+                    gradients = find_gradient_sampler(module)(module, _forward_input, forward_output)
+                    forms = {param: gradients[param] for param in forms if param.requires_grad}
                 forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
         except (NotImplementedError, ValueError) as error:
             raise type(error)(f"{layer.name}: {error}") from error

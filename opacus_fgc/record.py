@@ -118,5 +118,7 @@ class Record:
         """
         while self._kept:
             param, form = self._kept.popitem()
+            # The context ends before the yield: what the caller does in between is not to run under it.
             with per_sample.full_precision(param.device):
-                yield param, form.weighted_sum(coef.to(param.device)).to(param.dtype)
+                weighted_sum = form.weighted_sum(coef.to(param.device)).to(param.dtype)
+            yield param, weighted_sum

@@ -152,6 +152,23 @@ def norm_only_scale(layer: NormOnlyScale, activations: list[Tensor], backprops: 
     return {layer.factor: (activations[0] * backprops).norm(dim=1)}
 
 
+class NormOnlyBlock(NormOnlyScale):
+    """The same on a module with a child, which has a tap of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * self.factor
+
+
+@register_norm_sampler(NormOnlyBlock)
+def norm_only_block(layer: NormOnlyBlock, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    inner = F.linear(activations[0], layer.inner.weight, layer.inner.bias)
+    return {layer.factor: (inner * backprops).norm(dim=1)}
+
+
 def relu_in_place(m: Apply, x: Tensor) -> Tensor:
     h = m.a(x)
     h += x
@@ -403,6 +420,12 @@ CASES = [
             head=nn.Linear(4, 2),
         ),
         [floats(3), floats(3)],
+    ),
+    Case(
+        "norm-only-with-child",
+        lambda: nn.Sequential(nn.Linear(4, 3), NormOnlyBlock()),
+        [floats(4)],
+        covers=[NormOnlyBlock],
     ),
     Case("norm-only", lambda: nn.Sequential(nn.Linear(4, 3), NormOnlyScale()), [floats(4)], covers=[NormOnlyScale]),
     Case(
