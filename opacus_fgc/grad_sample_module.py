@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,10 +26,11 @@ from opacus_fgc.checks import (
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_gradient_sampler, find_sampler
-from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
-from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, full_precision
+from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
+from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient, full_precision
+from opacus_fgc.planner import Keep
 from opacus_fgc.record import Record
-from opacus_fgc.taps import Call, tap, untapped
+from opacus_fgc.taps import Call, Use, tap, untapped
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -185,7 +186,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         if not params:
             return forward_output
         if not recomputing:
-            self._open_record().expect(params)
+            self._open_record().expect(module, params)
         axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
         receive = partial(self._receive, module)
         fingerprint = layer.sampler.fingerprint
@@ -235,24 +236,37 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         assert self.record is not None
         check_loss_reduction(loss_reduction)
+        self.record.loss_reduction = loss_reduction
+        uses = self.record.uses(module, Use(_forward_input, forward_output))
+        if uses:
+            self._measure(module, uses)
+
+    def _measure(self, module: nn.Module, uses: Sequence[Use]) -> None:
+        assert self.record is not None
         layer = self._layers[module]
         self._sampling = True
         try:
-            with full_precision(forward_output[0].device):
-                forms = layer.sampler(module, _forward_input, forward_output)
-                check_forms(layer.params, forms)
-                if self.record.keep_forms and any(isinstance(form, NormOnly) for form in forms.values()):
-                    # Functorch answers for the children as well, but they have taps of their own.
-                    gradients = find_gradient_sampler(module)(module, _forward_input, forward_output)
-                    forms = {param: gradients[param] for param in forms if param.requires_grad}
-                forms = {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
+            with full_precision(uses[0].backprops[0].device):
+                forms = self._forms(module, layer, uses)
         except (NotImplementedError, ValueError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
         finally:
             self._sampling = False
-        self.record.loss_reduction = loss_reduction
-        for param, norm in self.record.receive(layer.name, forms).items():
-            param._norm_sample = norm
+        for param, measured in self.record.receive(layer.name, forms, uses).items():
+            param._norm_sample = measured.norm
+
+    def _forms(self, module: nn.Module, layer: TappedLayer, uses: Sequence[Use]) -> Forms:
+        assert self.record is not None
+        try:
+            forms = layer.sampler(module, uses)
+            check_forms(layer.params, forms)
+            if self.record.keep.everything and any(isinstance(form, NormOnly) for form in forms.values()):
+                raise NormsOnlyError
+        except NormsOnlyError:
+            # Functorch answers for the children as well, but they have taps of their own.
+            gradients = find_gradient_sampler(module)(module, uses)
+            forms = {param: gradients[param] for param in layer.params.values() if param in gradients}
+        return {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
 
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
@@ -278,6 +292,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             RuntimeError: if there was no backward through the taps.
         """
         if self.record is not None:
+            for module, uses in self.record.unfinished():
+                self._measure(module, uses)
             for param, norm in self.record.norms(self.trainable_parameters).items():
                 param._norm_sample = norm
         if any(getattr(param, "_norm_sample", None) is None for param in self.trainable_parameters):
@@ -298,13 +314,12 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         self._second_pass = {}
         return coef
 
-    def first_pass(self, loss_per_sample: Tensor, keep_forms: bool = False) -> Tensor:
+    def first_pass(self, loss_per_sample: Tensor, keep: Keep = Keep()) -> Tensor:  # noqa: B008 - frozen
         """Backward to the taps alone, without any weight gradient.
 
         Args:
             loss_per_sample: one loss a sample, shape ``(N,)``.
-            keep_forms: keep what weighted sums of the gradients can be made of, `Record.weighted_sums`, instead of the graph
-                for a second pass.
+            keep: what is kept for `clipped_gradients`. Where that is everything, the graph is given up.
 
         Returns:
             The norm of each sample's gradient, shape ``(N,)``.
@@ -316,8 +331,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         self._check_trainable(loss_per_sample)
         record = self._open_record()
-        record.loss_reduction, record.keep_forms = "sum", keep_forms
-        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=not keep_forms, allow_unused=True)
+        record.loss_reduction, record.keep = "sum", keep
+        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=not keep.everything, allow_unused=True)
         norms = self.get_norm_sample()
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
@@ -372,11 +387,15 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             self.clipped_sum = ClippedSum()
             raise
 
-    def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
-        """``sum_n coef[n] * gradient[n]`` for each trainable parameter, after a first pass that kept the forms.
+    def clipped_gradients(self, coef: Tensor, loss_per_sample: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
+        """``sum_n coef[n] * gradient[n]`` for each trainable parameter, after `first_pass`.
+
+        It comes from what the first pass kept, and for the other parameters from a second pass: the gradient of
+        ``sum_n coef[n] * loss[n]``, since the coefficients are constants.
 
         Args:
             coef: shape ``(N,)``.
+            loss_per_sample: the loss of the first pass, shape ``(N,)``.
 
         Yields:
             The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
@@ -386,6 +405,13 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         for param, weighted_sum in self.record.weighted_sums(coef):
             del unused[param]
             yield param, weighted_sum
+        rest = self.record.unkept
+        if rest:
+            with self.hooks_off():
+                gradients = torch.autograd.grad(
+                    (coef.to(loss_per_sample) * loss_per_sample).sum(), rest, allow_unused=True
+                )
+            unused.update(zip(rest, gradients, strict=True))
         yield from unused.items()
 
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from opacus_fgc.checks import check_loss_reduction
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
+from opacus_fgc.planner import MEMORY, Keep
 
 Backward = Callable[[GradSampleHooksFastGradientClipping, Tensor], None]
 
@@ -21,20 +22,13 @@ Backward = Callable[[GradSampleHooksFastGradientClipping, Tensor], None]
 def double_backward(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor) -> None:
     """Ghost clipping: one backward pass for the norms, one for the clipped sum (Li et al. 2022, arXiv:2110.05679).
 
-    The gradient of ``sum_n coef[n] * loss[n]`` is the sum of the clipped per-sample gradients, since the coefficients are
-    constants.
+    What the first pass can keep in little room is spared the second; see `planner.Memory`.
 
     Args:
         module: the wrapped model, or the hooks on it.
         loss_per_sample: one loss a sample, shape ``(N,)``.
     """
-    module.check_accumulation()
-    coef = module.clipping.coefficients(module.first_pass(loss_per_sample))
-    params = [param for param in module.trainable_parameters if param.requires_grad]
-    with module.hooks_off():
-        total = (coef.to(loss_per_sample) * loss_per_sample).sum()
-        gradients = torch.autograd.grad(total, params, allow_unused=True)
-    module.add_to_clipped_sum(zip(params, gradients, strict=True))
+    _clipped_backward(module, loss_per_sample, MEMORY.ghost)
 
 
 def book_keeping(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor) -> None:
@@ -46,9 +40,13 @@ def book_keeping(module: GradSampleHooksFastGradientClipping, loss_per_sample: T
         module: the wrapped model, or the hooks on it.
         loss_per_sample: one loss a sample, shape ``(N,)``.
     """
+    _clipped_backward(module, loss_per_sample, MEMORY.ghost_bk)
+
+
+def _clipped_backward(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor, keep: Keep) -> None:
     module.check_accumulation()
-    coef = module.clipping.coefficients(module.first_pass(loss_per_sample, keep_forms=True))
-    module.add_to_clipped_sum(module.weighted_sums(coef))
+    coef = module.clipping.coefficients(module.first_pass(loss_per_sample, keep))
+    module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample))
 
 
 class DPTensorFastGradientClipping(OpacusTensor):

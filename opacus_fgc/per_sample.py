@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# The most elements that one temporary of `Outer` or `Rows` may have (64 MiB in float32); larger work is sliced.
-_SLICE = 2**24
+from opacus_fgc import planner
+from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -33,10 +33,18 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def slices(count: int, elements: int) -> Iterator[slice]:
-    """Cuts ``count`` samples of ``elements`` elements each into slices of bounded size."""
-    step = max(1, _SLICE // max(1, elements))
-    return (slice(start, start + step) for start in range(0, count, step))
+class Measured(NamedTuple):
+    """What came of measuring a form.
+
+    Attributes:
+        norm: L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider.
+        kept: a form of the same gradients to make the weighted sum of; None if nothing is kept.
+        way: how the norm was computed.
+    """
+
+    norm: Tensor
+    kept: PerSampleGradient | None
+    way: Way
 
 
 class PerSampleGradient(ABC):
@@ -45,14 +53,21 @@ class PerSampleGradient(ABC):
     Attributes:
         shape: shape of the parameter.
         batch_size: number of samples, ``N``.
+        way: how the norm is computed, where there is but one way.
     """
 
     shape: torch.Size
     batch_size: int
+    way: Way
+
+    @property
+    @abstractmethod
+    def elements(self) -> int:
+        """How many elements are kept with the form."""
 
     @abstractmethod
-    def squared_norm(self) -> Tensor:
-        """Squared L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider."""
+    def norm(self) -> Tensor:
+        """L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider."""
 
     @abstractmethod
     def weighted_sum(self, coef: Tensor) -> Tensor:
@@ -71,13 +86,17 @@ class PerSampleGradient(ABC):
     def joined(cls, forms: Sequence[Any]) -> PerSampleGradient:
         """The sum of several forms of this type (of one parameter and one batch) as one."""
 
-    def norm(self) -> Tensor:
-        """L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider."""
-        return self.squared_norm().clamp(min=0).sqrt()
+    @abstractmethod
+    def folded(self, uses: int) -> PerSampleGradient:
+        """The sum over the uses of a parameter, where row ``n * uses + u`` is use ``u`` by sample ``n``."""
 
-    def measured(self) -> tuple[Tensor, PerSampleGradient]:
-        """The norm, and the form to keep for a weighted sum: a cheaper one, if it came up on the way to the norm."""
-        return self.norm(), self
+    def measured(self, room: Room = NO_ROOM) -> Measured:
+        """The norm, and what is kept for a weighted sum."""
+        return Measured(self.norm(), self if self.fits(room) else None, self.way)
+
+    def fits(self, room: Room) -> bool:
+        """Whether the form itself may be kept."""
+        return room.everything or self.elements <= room.elements
 
 
 class Dense(PerSampleGradient):
@@ -87,16 +106,19 @@ class Dense(PerSampleGradient):
         values: shape ``(N, *shape)``.
     """
 
+    way = Way.STORED
+
     def __init__(self, values: Tensor) -> None:
         self.values = at_least_float32(values)
         self.shape = values.shape[1:]
         self.batch_size = len(values)
 
+    @property
+    def elements(self) -> int:
+        return self.values.numel()
+
     def _flat(self) -> Tensor:
         return self.values.reshape(self.batch_size, math.prod(self.shape))
-
-    def squared_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self._flat(), dim=1).square()
 
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self._flat(), dim=1)
@@ -116,23 +138,84 @@ class Dense(PerSampleGradient):
     def joined(cls, forms: Sequence[Dense]) -> Dense:
         return cls(torch.stack([form.values for form in forms]).sum(0))
 
+    def folded(self, uses: int) -> Dense:
+        return Dense(self.values.unflatten(0, (-1, uses)).sum(1))
+
+
+def _dot(first: Tensor, second: Tensor) -> Tensor:
+    """Inner products of two batches, ``(N, *)`` each, to ``(N,)``."""
+    return torch.linalg.vecdot(first.flatten(1), second.flatten(1))
+
 
 def _gram_inner(left: Tensor, right: Tensor) -> Tensor:
     """``sum_ts <left_t, left_s> <right_t, right_s>`` of each sample, from both ``(N, groups, T, *)``.
 
-    Gram matrices are symmetric: of four rows of blocks only the blocks from the diagonal on are computed.
+    Gram matrices are symmetric: where they are large, only blocks from the diagonal on are computed.
     """
     positions = left.shape[2]
-    step = -(-positions // 4) if positions >= 32 else positions
+    blocks = 1 if positions < 96 else 2 if positions < 256 else 4
+    step = -(-positions // blocks)
     total: Tensor = left.new_zeros(len(left))
     for start in range(0, positions, step):
-        rows = slice(start, start + step)
-        gram = (left[:, :, rows] @ left[:, :, start:].mT) * (right[:, :, rows] @ right[:, :, start:].mT)
-        total = total + gram[..., :step].sum((1, 2, 3)) + 2 * gram[..., step:].sum((1, 2, 3))
+        rows, others = slice(start, start + step), slice(start + step, None)
+        left_rows, right_rows = left[:, :, rows], right[:, :, rows]
+        total = total + _dot(left_rows @ left_rows.mT, right_rows @ right_rows.mT)
+        if start + step < positions:
+            total = total + 2 * _dot(left_rows @ left[:, :, others].mT, right_rows @ right[:, :, others].mT)
     return total
 
 
-class Outer(PerSampleGradient):
+class SumOverPositions(PerSampleGradient):
+    """Gradients that are, in each of ``groups`` groups, a sum of ``T`` outer products of ``p`` and ``d`` elements.
+
+    The norm comes from Gram matrices or from the gradients, whatever is cheaper for the shapes at hand; see `planner`.
+
+    Attributes:
+        KERNELS: what the ways cost.
+    """
+
+    KERNELS: Kernels
+
+    @property
+    @abstractmethod
+    def sizes(self) -> tuple[int, int, int, int]:
+        """``(groups, T, p, d)``."""
+
+    @abstractmethod
+    def part(self, samples: slice) -> SumOverPositions:
+        """The form of some of the samples, float32 or wider."""
+
+    def temporary(self, way: Way) -> int:
+        """How many elements one sample's work takes beyond what is there."""
+        groups, positions, p, d = self.sizes
+        return groups * (positions**2 if way is Way.GRAM else p * d)
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """Squared norms from Gram matrices, shape ``(N,)``."""
+
+    @abstractmethod
+    def formed(self) -> Dense:
+        """The gradients, in whatever order they come cheapest."""
+
+    def norm(self) -> Tensor:
+        return self.measured().norm
+
+    def measured(self, room: Room = NO_ROOM) -> Measured:
+        groups, positions, p, d = self.sizes
+        options = planner.costs(self.KERNELS, positions, p, d)
+        if self.batch_size * groups * p * d > room.elements:
+            del options[Way.KEPT]
+        way = planner.cheapest(options) if self.batch_size else Way.KEPT
+        if way is Way.KEPT:
+            gradients = self.part(slice(None)).formed()
+            return Measured(gradients.norm(), gradients, way)
+        parts = (self.part(samples) for samples in planner.slices(self.batch_size, self.temporary(way)))
+        norms = [part.gram().clamp(min=0).sqrt() if way is Way.GRAM else part.formed().norm() for part in parts]
+        return Measured(torch.cat(norms), self if self.fits(room) else None, way)
+
+
+class Outer(SumOverPositions):
     """``gradient[n] = sum_t left[n, :, t] (x) right[n, :, t]``, the weight gradient of a linear map.
 
     The norm needs no gradient: it is one product of norms where ``T = 1`` (Goodfellow 2015,
@@ -145,41 +228,38 @@ class Outer(PerSampleGradient):
         shape: shape of the parameter, ``groups * p * d`` elements in that order.
     """
 
+    KERNELS = Kernels(gram=1.25, formed=1.2, gradient=1.0)
+
     def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
         self.left = left if left.dim() == 4 else left.unsqueeze(1)
         self.right = right if right.dim() == 4 else right.unsqueeze(1)
         self.shape = shape
         self.batch_size = len(left)
 
-    def _work(self) -> float:
-        """Multiplications of the two Gram matrices, ``T^2 (p + d)``, over those of the gradients, ``T p d``."""
-        positions, p, d = self.left.shape[2], self.left.shape[3], self.right.shape[3]
-        return positions * (p + d) / max(1, p * d)
+    @property
+    def elements(self) -> int:
+        # The activations are in memory anyway, for as long as autograd has use for them.
+        return self.left.numel()
 
-    def squared_norm(self) -> Tensor:
-        _, groups, positions, p = self.left.shape
-        d = self.right.shape[-1]
-        if positions == 1:
-            left, right = at_least_float32(self.left), at_least_float32(self.right)
-            return (left.square().sum(-1) * right.square().sum(-1)).sum((1, 2))
-        # Blocks save 6/16 of a Gram matrix, and products of single samples run below a large one's speed.
-        use_gram = self._work() < 1.5
-        elements = groups * (positions**2 if use_gram else p * d)
-        parts = []
-        for part in slices(self.batch_size, elements):
-            left, right = at_least_float32(self.left[part]), at_least_float32(self.right[part])
-            if use_gram:
-                parts.append(_gram_inner(left, right))
-            else:
-                parts.append((left.mT @ right).square().sum((1, 2, 3)))
-        return torch.cat(parts) if parts else at_least_float32(self.left).new_zeros(0)
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return *self.left.shape[1:], self.right.shape[3]
 
-    def measured(self) -> tuple[Tensor, PerSampleGradient]:
-        # Kept gradients are all that a weighted sum needs, so forming them is no extra work; below this they take too much room.
-        if self.left.shape[2] == 1 or self._work() < 0.6:
-            return super().measured()
-        gradients = at_least_float32(self.left).mT @ at_least_float32(self.right)
-        return Dense(gradients.reshape(self.batch_size, *self.shape)).measured()
+    def part(self, samples: slice) -> Outer:
+        return Outer(at_least_float32(self.left[samples]), at_least_float32(self.right[samples]), self.shape)
+
+    def gram(self) -> Tensor:
+        return _gram_inner(self.left, self.right)
+
+    def formed(self) -> Dense:
+        return Dense(self.materialize())
+
+    def measured(self, room: Room = NO_ROOM) -> Measured:
+        if self.left.shape[2] > 1:
+            return super().measured(room)
+        left, right = (torch.linalg.vector_norm(at_least_float32(side), dim=3) for side in (self.left, self.right))
+        norm = torch.linalg.vector_norm(left * right, dim=(1, 2))
+        return Measured(norm, self if self.fits(room) else None, Way.CLOSED)
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         left, right = self.left, self.right
@@ -193,12 +273,12 @@ class Outer(PerSampleGradient):
         return torch.einsum("ngtp,ngtd->gpd", left, right).reshape(self.shape)
 
     def materialize(self) -> Tensor:
-        return (self.left.mT @ self.right).reshape(self.batch_size, *self.shape)
+        return (at_least_float32(self.left).mT @ at_least_float32(self.right)).reshape(self.batch_size, *self.shape)
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         if isinstance(other, Rows):
             return other.inner(self)
-        groups, p, d = self.left.shape[1], self.left.shape[3], self.right.shape[3]
+        groups, _, p, d = self.sizes
         dense = at_least_float32(other.materialize()).reshape(self.batch_size, groups, p, d)
         left, right = at_least_float32(self.left), at_least_float32(self.right)
         return (left @ dense * right).sum((1, 2, 3))
@@ -207,6 +287,11 @@ class Outer(PerSampleGradient):
     def joined(cls, forms: Sequence[Outer]) -> Outer:
         left, right = torch.cat([form.left for form in forms], 2), torch.cat([form.right for form in forms], 2)
         return cls(left, right, forms[0].shape)
+
+    def folded(self, uses: int) -> Outer:
+        # (N * uses, groups, T, *) to (N, groups, uses * T, *), by a view where there is one group.
+        left, right = (side.unflatten(0, (-1, uses)).transpose(1, 2).flatten(2, 3) for side in (self.left, self.right))
+        return Outer(left, right, self.shape)
 
 
 class Rows(PerSampleGradient):
@@ -218,13 +303,19 @@ class Rows(PerSampleGradient):
         shape: shape of the parameter, ``(rows, d)``.
     """
 
+    way = Way.ROWS
+
     def __init__(self, index: Tensor, values: Tensor, shape: torch.Size) -> None:
         self.index = index.long()
         self.values = values
         self.shape = shape
         self.batch_size = len(values)
 
-    def squared_norm(self) -> Tensor:
+    @property
+    def elements(self) -> int:
+        return self.values.numel()
+
+    def norm(self) -> Tensor:
         # Row r of sample n becomes row n * rows + r of one table, of which only the rows in use are kept.
         offsets = torch.arange(self.batch_size, device=self.index.device).unsqueeze(1) * self.shape[0]
         keys, position = torch.unique(self.index + offsets, return_inverse=True)
@@ -232,15 +323,16 @@ class Rows(PerSampleGradient):
         table = values.new_zeros(len(keys), self.shape[1])
         table.index_add_(0, position.flatten(), values.flatten(0, 1))
         squares = table.square().sum(1)
-        return values.new_zeros(self.batch_size).index_add_(0, keys // self.shape[0], squares)
+        return values.new_zeros(self.batch_size).index_add_(0, keys // self.shape[0], squares).sqrt()
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         values = self.values * coef.to(self.values.dtype)[:, None, None]
         return self.values.new_zeros(self.shape).index_add_(0, self.index.flatten(), values.flatten(0, 1))
 
     def materialize(self) -> Tensor:
-        gradients = self.values.new_zeros(self.batch_size, *self.shape)
-        return gradients.scatter_add_(1, self.index.unsqueeze(2).expand_as(self.values), self.values)
+        values = at_least_float32(self.values)
+        gradients = values.new_zeros(self.batch_size, *self.shape)
+        return gradients.scatter_add_(1, self.index.unsqueeze(2).expand_as(values), values)
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         values = at_least_float32(self.values)
@@ -257,6 +349,10 @@ class Rows(PerSampleGradient):
         index, values = torch.cat([form.index for form in forms], 1), torch.cat([form.values for form in forms], 1)
         return cls(index, values, forms[0].shape)
 
+    def folded(self, uses: int) -> Rows:
+        index, values = (side.unflatten(0, (-1, uses)).flatten(1, 2) for side in (self.index, self.values))
+        return Rows(index, values, self.shape)
+
 
 class Sum(PerSampleGradient):
     """Forms of several types that add up: ``|sum_i g_i|^2 = sum_ij <g_i, g_j>``.
@@ -265,17 +361,23 @@ class Sum(PerSampleGradient):
         terms: the forms, of one parameter and of different types.
     """
 
+    way = Way.SUM
+
     def __init__(self, terms: Sequence[PerSampleGradient]) -> None:
         self.terms = terms
         self.shape = terms[0].shape
         self.batch_size = terms[0].batch_size
 
-    def squared_norm(self) -> Tensor:
-        total = torch.stack([term.squared_norm() for term in self.terms]).sum(0)
+    @property
+    def elements(self) -> int:
+        return sum(term.elements for term in self.terms)
+
+    def norm(self) -> Tensor:
+        total = torch.stack([term.norm().square() for term in self.terms]).sum(0)
         for i, term in enumerate(self.terms):
             for other in self.terms[:i]:
                 total = total + 2 * term.inner(other)
-        return total
+        return total.clamp(min=0).sqrt()
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         return torch.stack([term.weighted_sum(coef) for term in self.terms]).sum(0)
@@ -290,6 +392,19 @@ class Sum(PerSampleGradient):
     def joined(cls, forms: Sequence[Sum]) -> PerSampleGradient:
         return add([term for form in forms for term in form.terms])
 
+    def folded(self, uses: int) -> Sum:
+        return Sum([term.folded(uses) for term in self.terms])
+
+
+class NormsOnlyError(NotImplementedError):
+    """Something is asked of plain norms that only gradients can give."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the norm sampler of this layer returns norms only, which cannot be added up over several uses of a "
+            "parameter; let it return a form of opacus_fgc.per_sample (Outer, Rows, Dense) instead"
+        )
+
 
 class NormOnly(PerSampleGradient):
     """What a norm sampler in Opacus' own form gives: norms, and no gradients behind them.
@@ -299,34 +414,38 @@ class NormOnly(PerSampleGradient):
         shape: shape of the parameter.
     """
 
-    _REASON = (
-        "the norm sampler of this layer returns norms only, which cannot be added up over several uses of a "
-        "parameter; let it return a form of opacus_fgc.per_sample (Outer, Rows, Dense) instead"
-    )
+    way = Way.GIVEN
 
     def __init__(self, norms: Tensor, shape: torch.Size) -> None:
         self.norms = at_least_float32(norms)
         self.shape = shape
         self.batch_size = len(norms)
 
-    def squared_norm(self) -> Tensor:
-        return self.norms.square()
+    @property
+    def elements(self) -> int:
+        return 0
 
     def norm(self) -> Tensor:
         return self.norms
 
+    def fits(self, room: Room) -> bool:
+        return False
+
     def weighted_sum(self, coef: Tensor) -> Tensor:
-        raise NotImplementedError(self._REASON)
+        raise NormsOnlyError
 
     def materialize(self) -> Tensor:
-        raise NotImplementedError(self._REASON)
+        raise NormsOnlyError
 
     def inner(self, other: PerSampleGradient) -> Tensor:
-        raise NotImplementedError(self._REASON)
+        raise NormsOnlyError
 
     @classmethod
     def joined(cls, forms: Sequence[NormOnly]) -> NormOnly:
-        raise NotImplementedError(cls._REASON)
+        raise NormsOnlyError
+
+    def folded(self, uses: int) -> NormOnly:
+        raise NormsOnlyError
 
 
 def add(forms: Sequence[PerSampleGradient]) -> PerSampleGradient:

@@ -1,36 +1,44 @@
-"""The state of one step: which uses of which parameters were seen, and the norms that came of them."""
+"""The state of one step: which uses of which layers were seen, the norms that came of them, and what is kept for the sum."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opacus_fgc import per_sample
-from opacus_fgc.per_sample import PerSampleGradient
+from opacus_fgc.per_sample import Measured, PerSampleGradient
+from opacus_fgc.planner import Keep, Room
+from opacus_fgc.taps import Use
 
 
 class Record:
     """Born at a step's first forward, gone at the next one's.
 
-    A parameter's norm is taken, and its form given up, as soon as all its uses of this step's forward have come back in
-    backward. Uses that the loss does not depend on never come; `norms` takes what is there.
+    A layer's uses are held until all of this step's forward have come back in backward, since the norm of a sum is not the
+    sum of norms. Uses that the loss does not depend on never come; `unfinished` gives what is there.
 
     Args:
         loss_reduction: how the loss of the pass that brings the backprops is reduced over the batch, "mean" or "sum".
 
     Attributes:
-        keep_forms: whether the forms are kept for `weighted_sums`.
+        keep: what is kept for `weighted_sums`.
+        batch_size: number of samples, None before the first backprop.
+        unkept: the parameters that were measured, and of which nothing was kept.
     """
 
     def __init__(self, loss_reduction: str) -> None:
         self.loss_reduction = loss_reduction
-        self.keep_forms = False
+        self.keep = Keep()
         self.batch_size: int | None = None
-        self._expected: Counter[Any] = Counter()
+        self.unkept: list[Any] = []
+        self._expected: Counter[nn.Module] = Counter()
+        self._owners: Counter[Any] = Counter()
+        self._uses: dict[nn.Module, list[Use]] = {}
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
@@ -38,27 +46,51 @@ class Record:
     @property
     def receiving(self) -> bool:
         """Whether backward has begun."""
-        return self.batch_size is not None
+        return self.batch_size is not None or bool(self._uses)
 
-    def expect(self, params: Iterable[Tensor]) -> None:
-        """Notes one more use of each parameter in forward."""
-        self._expected.update(params)
+    def expect(self, layer: nn.Module, params: Iterable[Tensor]) -> None:
+        """Notes one more use of a layer, and of its parameters, in forward."""
+        if layer not in self._expected:
+            self._owners.update(params)
+        self._expected[layer] += 1
 
-    def receive(self, layer: str, forms: Mapping[Any, PerSampleGradient]) -> dict[Any, Tensor]:
-        """Takes in the per-sample gradients of one call of a layer.
+    def uses(self, layer: nn.Module, use: Use) -> Sequence[Use]:
+        """Takes in one use of a layer.
+
+        Returns:
+            All uses of the layer if they are complete with this one; else nothing.
+        """
+        expected = self._expected[layer]
+        if expected == 1:
+            return [use]
+        uses = self._uses.setdefault(layer, [])
+        uses.append(use)
+        return self._uses.pop(layer) if len(uses) == expected else []
+
+    def unfinished(self) -> Iterator[tuple[nn.Module, Sequence[Use]]]:
+        """The layers of which some uses came, and others did not; they are given up."""
+        while self._uses:
+            yield self._uses.popitem()
+
+    def receive(self, layer: str, forms: Mapping[Any, PerSampleGradient], uses: Sequence[Use]) -> dict[Any, Measured]:
+        """Takes in the per-sample gradients of a layer's uses.
 
         Args:
             layer: what to call the layer in errors.
             forms: the forms of its parameters.
+            uses: the uses that they are of.
 
         Returns:
-            The norms of those parameters that are complete with it; see `norms`.
+            What was measured of those parameters that are complete with it; a tied one waits for its other layers.
 
         Raises:
             ValueError: if the layer saw another number of samples than the layers before it.
             RuntimeError: if a parameter's norm was taken already.
         """
         complete = {}
+        # Several uses are held until the last one, so that keeping what came of them takes no more than there was.
+        keep = replace(self.keep, everything=self.keep.everything or (self.keep.share > 0 and len(uses) > 1))
+        held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
         for param, form in forms.items():
             if self.batch_size is None:
                 self.batch_size = form.batch_size
@@ -75,9 +107,8 @@ class Record:
                 )
             received = self._forms.setdefault(param, [])
             received.append(form)
-            if len(received) == self._expected[param]:
-                complete[param] = self._norm(param, self._forms.pop(param))
-        self._norms.update(complete)
+            if len(received) == self._owners[param]:
+                complete[param] = self._measure(param, self._forms.pop(param), keep.room(held + param.numel()))
         return complete
 
     def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
@@ -94,21 +125,24 @@ class Record:
                 "no per-sample norms: the loss does not depend on any trainable layer of the wrapped model, or hooks were "
                 "disabled during forward"
             )
-        self._norms.update((param, self._norm(param, forms)) for param, forms in self._forms.items())
-        self._forms.clear()
+        while self._forms:
+            self._measure(*self._forms.popitem(), Room(everything=self.keep.everything))
         missing = [param for param in params if param not in self._norms]
         zeros = torch.zeros(self.batch_size)
         self._norms.update((param, per_sample.at_least_float32(zeros.to(param))) for param in missing)
         return self._norms
 
-    def _norm(self, param: Tensor, forms: list[PerSampleGradient]) -> Tensor:
+    def _measure(self, param: Any, forms: list[PerSampleGradient], room: Room) -> Measured:
         with per_sample.full_precision(param.device):
-            form = per_sample.add(forms)
-            if self.keep_forms:
-                norm, self._kept[param] = form.measured()
-            else:
-                norm = form.norm()
-        return norm * len(norm) if self.loss_reduction == "mean" else norm
+            measured = per_sample.add(forms).measured(room)
+        if self.loss_reduction == "mean":
+            measured = measured._replace(norm=measured.norm * len(measured.norm))
+        self._norms[param] = measured.norm
+        if measured.kept is None:
+            self.unkept.append(param)
+        else:
+            self._kept[param] = measured.kept
+        return measured
 
     def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor]]:
         """``sum_n coef[n] * gradient[n]`` for each parameter with a kept form, which is given up as soon as it is used.

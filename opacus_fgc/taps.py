@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class Call:
     def activations(self) -> list[Tensor]:
         """The tensors among the arguments, in the order of the call."""
         return tensors_in((self.args, self.kwargs))
+
+
+class Use(NamedTuple):
+    """One use of a layer's parameters: a call, and the gradients of the loss by its tapped outputs."""
+
+    call: Call
+    backprops: tuple[Tensor, ...]
 
 
 Receiver = Callable[[Call, tuple[Tensor, ...]], None]

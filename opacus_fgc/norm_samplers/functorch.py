@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opacus_fgc.norm_samplers.registry import Forms
-from opacus_fgc.per_sample import Dense, at_least_float32
-from opacus_fgc.taps import Call
+from opacus_fgc.per_sample import Dense, add, at_least_float32
+from opacus_fgc.taps import Call, Use
 
 
 def _norms_by_sample(outputs: list[Tensor], axis: int) -> Tensor:
@@ -32,12 +34,16 @@ class Functorch:
             raise NotImplementedError("it has no norm sampler, and an output without a batch axis")
         return _norms_by_sample(outputs, axis)
 
-    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> Forms:
-        """The forms of all trainable parameters in the layer.
+    def __call__(self, layer: nn.Module, uses: Sequence[Use]) -> Forms:
+        """The forms of all trainable parameters in the layer, added up over its uses.
 
         Raises:
             NotImplementedError: if the layer cannot be repeated on one sample at a time.
         """
+        several = [self._forms(layer, *use) for use in uses]
+        return {param: add([forms[param] for forms in several]) for param in several[0]}
+
+    def _forms(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> Forms:
         params = {name: param.detach() for name, param in layer.named_parameters() if param.requires_grad}
         batch_size = backprops[0].shape[call.batch_axis]
         if batch_size == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
-from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient
-from opacus_fgc.taps import Call, tensors_in
+from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
+from opacus_fgc.taps import Call, Use, tensors_in
 
 
 class Registered:
@@ -38,16 +38,38 @@ class Registered:
     def fingerprint(self, outputs: list[Tensor], axis: int) -> None:
         """Needs to know nothing about the outputs."""
 
-    def __call__(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> Forms:
-        """The forms of the layer's parameters; see `registry.register_norm_sampler`."""
-        if len(backprops) != 1:
-            raise NotImplementedError(
-                f"a registered sampler takes layers with one output, this one has {len(backprops)}"
-            )
-        axis = call.batch_axis
-        activations = [tensor.movedim(axis, 0) if tensor.dim() > axis else tensor for tensor in call.activations]
-        gradients = self._function(layer, activations, backprops[0].movedim(axis, 0))
-        return {param: self._as_form(gradient, param.shape) for param, gradient in gradients.items()}
+    def __call__(self, layer: nn.Module, uses: Sequence[Use]) -> Forms:
+        """The forms of the layer's parameters, added up over its uses; see `registry.register_norm_sampler`.
+
+        Uses of one shape go to the function as one batch: a recurrent layer is one call, not one for each step.
+        """
+        groups: dict[Any, list[tuple[list[Tensor], Tensor]]] = {}
+        for call, backprops in uses:
+            activations, backprop = _batch_first(call, backprops)
+            shapes = [(tensor.shape, tensor.dtype) for tensor in (*activations, backprop)]
+            # Only for one input a row is sure to belong to one sample.
+            key = tuple(shapes) if len(shapes) == 2 and shapes[0][0][:1] == backprop.shape[:1] else id(call)
+            groups.setdefault(key, []).append((activations, backprop))
+        forms: dict[Any, list[PerSampleGradient]] = {}
+        for group in groups.values():
+            activations, backprop = group[0]
+            if len(group) > 1:
+                activations = [torch.stack([inputs[0] for inputs, _ in group], 1).flatten(0, 1)]
+                backprop = torch.stack([backprop for _, backprop in group], 1).flatten(0, 1)
+            for param, gradient in self._function(layer, activations, backprop).items():
+                form = self._as_form(gradient, param.shape)
+                forms.setdefault(param, []).append(form.folded(len(group)) if len(group) > 1 else form)
+        return {param: add(several) for param, several in forms.items()}
+
+
+def _batch_first(call: Call, backprops: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
+    if len(backprops) != 1:
+        raise NotImplementedError(f"a registered sampler takes layers with one output, this one has {len(backprops)}")
+    axis = call.batch_axis
+    if axis == 0:
+        return call.activations, backprops[0]
+    activations = [tensor.movedim(axis, 0) if tensor.dim() > axis else tensor for tensor in call.activations]
+    return activations, backprops[0].movedim(axis, 0)
 
 
 def _form_or_norms(gradient: PerSampleGradient | Tensor, shape: torch.Size) -> PerSampleGradient:

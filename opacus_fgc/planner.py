@@ -1,0 +1,133 @@
+"""The planner: the cheapest exact way to the norms of a layer's per-sample gradients, and what is kept for their sum.
+
+Decided anew for every call, from the shapes at hand. Nothing here changes a result; only time and memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Way(Enum):
+    """A way to the norms of per-sample gradients that are a sum of ``T`` outer products each."""
+
+    STORED = "gradients as they are"
+    CLOSED = "product of norms"
+    ROWS = "sums of rows"
+    GRAM = "Gram matrices"
+    FORMED = "gradients, formed"
+    KEPT = "gradients, formed and kept"
+    SUM = "inner products"
+    GIVEN = "norms of the sampler"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a form may keep of itself for the clipped sum.
+
+    Attributes:
+        elements: it may keep what is not larger than this, and whatever saves time most.
+        everything: it has to keep what the clipped sum can be made of, whatever the size.
+    """
+
+    elements: float = 0.0
+    everything: bool = False
+
+
+NO_ROOM = Room()
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What a first pass keeps for the clipped sum.
+
+    Attributes:
+        share: the room of a parameter, as a share of what its layer and it hold in the step without privacy: activations,
+            backprops and the parameter.
+        everything: keep all forms, so that no second pass is needed.
+    """
+
+    share: float = 0.0
+    everything: bool = False
+
+    def room(self, held: int) -> Room:
+        """The room for a form of a layer that holds so many elements."""
+        return Room(self.share * held, self.everything)
+
+
+@dataclass
+class Memory:
+    """The bounds on memory, beyond that of the step without privacy. Set them on `opacus_fgc.MEMORY`.
+
+    Attributes:
+        temporary: the most bytes that one temporary of a layer takes; larger work is done in slices of the batch.
+            (The gradient of one sample is the least that is formed at a time.)
+        ghost: what mode "ghost" keeps of its first pass, which spares the second pass these parameters.
+        ghost_bk: what mode "ghost_bk" keeps. All forms are kept; ``share`` bounds the per-sample gradients that are kept in
+            place of activations and backprops since they are the faster way.
+    """
+
+    temporary: int = 2**25
+    ghost: Keep = Keep(share=1 / 8)
+    ghost_bk: Keep = Keep(share=1.5, everything=True)
+
+
+MEMORY = Memory()
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a multiply-add costs in each way, as a multiple of one in a large matrix product (measured on CPUs).
+
+    Attributes:
+        gram: of Gram matrices.
+        formed: of per-sample gradients.
+        gradient: of the ordinary gradient.
+    """
+
+    gram: float
+    formed: float
+    gradient: float
+
+
+# An element of a per-sample gradient that is written and read again costs as much as so many multiply-adds.
+_TRAFFIC = 30
+
+
+def costs(kernels: Kernels, positions: int, p: int, d: int) -> dict[Way, float]:
+    """The extra work of each way for one sample: beyond the step without privacy where the sum is made of what is kept.
+
+    Gram matrices take ``T^2 (p + d)`` multiply-adds, gradients ``T p d``. Gradients that are kept are all that the sum
+    needs, so the ordinary gradient's work is saved.
+
+    Args:
+        kernels: what the work costs.
+        positions: ``T``.
+        p: output features.
+        d: input features.
+    """
+    traffic = _TRAFFIC * p * d
+    work = positions * p * d
+    return {
+        Way.GRAM: kernels.gram * positions**2 * (p + d),
+        Way.FORMED: kernels.formed * work + traffic,
+        Way.KEPT: (kernels.formed - kernels.gradient) * work + traffic,
+    }
+
+
+def cheapest(options: Mapping[Way, float]) -> Way:
+    """The way that costs least."""
+    return min(options, key=options.__getitem__)
+
+
+def slices(count: int, elements: int) -> Iterator[slice]:
+    """Cuts samples into slices whose temporaries stay within `Memory.temporary`.
+
+    Args:
+        count: number of samples.
+        elements: float32 elements of the temporary of one sample.
+    """
+    step = max(1, MEMORY.temporary // max(1, 4 * elements))
+    return (slice(start, start + step) for start in range(0, count, step))
