@@ -49,12 +49,19 @@ class Transformer(nn.Module):
     """Tokens to classes, or to the next token."""
 
     def __init__(
-        self, vocabulary: int, length: int, width: int = 256, depth: int = 4, classes: int = 0, tied: bool = False
+        self,
+        vocabulary: int,
+        length: int,
+        width: int = 256,
+        depth: int = 4,
+        heads: int = 4,
+        classes: int = 0,
+        tied: bool = False,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = Positions(length, width, class_token=False)
-        self.blocks = nn.Sequential(*[Block(width, 4, causal=not classes) for _ in range(depth)])
+        self.blocks = nn.Sequential(*[Block(width, heads, causal=not classes) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes or vocabulary, bias=not tied)
         self.pooled = bool(classes)
@@ -161,12 +168,40 @@ class Workload:
         inputs: makes the batch, given its size.
         target: makes the target, given the batch size.
         batch: its size.
+        large: whether it is left out on a CPU unless asked for.
     """
 
     model: Callable[[], nn.Module]
     inputs: Callable[[int], Tensor]
     target: Callable[[int], Tensor]
     batch: int
+    large: bool = False
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One kind of workload at growing sizes.
+
+    Attributes:
+        title: what it is called.
+        axis: what grows.
+        points: the workload at each size.
+        constant: what does not grow with it, though it might.
+    """
+
+    title: str
+    axis: str
+    points: dict[int, Workload]
+    constant: str = ""
+
+    @property
+    def heading(self) -> str:
+        """What stands over its table."""
+        return f"{self.title} by {self.axis}{self.constant and f' ({self.constant})'}"
+
+    def names(self) -> dict[int, str]:
+        """The name of the workload at each size."""
+        return {size: f"{self.title}, {self.axis}={size}" for size in self.points}
 
 
 def tokens(length: int, vocabulary: int = 2000) -> Callable[[int], Tensor]:
@@ -189,20 +224,53 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(), nn.Linear(2048, 2048), nn.ReLU(), nn.Linear(2048, 10))
 
 
-def language(length: int, batch: int, tied: bool = False) -> Workload:
-    """A language model."""
-    return Workload(lambda: Transformer(2000, length, tied=tied), tokens(length), tokens(length), batch)
+def perceptron(batch: int) -> Workload:
+    """The MLP on random vectors."""
+    return Workload(mlp, lambda n: torch.randn(n, 1024), classes(10), batch)
 
 
-WORKLOADS = {
-    "MLP": Workload(mlp, lambda n: torch.randn(n, 1024), classes(10), 128),
-    "text classifier, T=128": Workload(lambda: Transformer(2000, 128, classes=2), tokens(128), classes(2), 16),
-    "language model, T=128": language(128, 16),
-    "language model, tied, T=128": language(128, 16, tied=True),
-    "language model, T=512": language(512, 4),
-    "language model, tied, T=512": language(512, 4, tied=True),
-    "ResNet-18 GroupNorm": Workload(resnet18, images, classes(10), 32),
+def residual(batch: int) -> Workload:
+    """ResNet-18 on random images."""
+    return Workload(resnet18, images, classes(10), batch)
+
+
+def text(length: int) -> Workload:
+    """A text classifier, on as many tokens whatever the length."""
+    return Workload(lambda: Transformer(2000, length, classes=2), tokens(length), classes(2), 2048 // length)
+
+
+def language(length: int, tied: bool = False) -> Workload:
+    """A language model, on as many tokens whatever the length."""
+    return Workload(lambda: Transformer(2000, length, tied=tied), tokens(length), tokens(length), 2048 // length)
+
+
+def gpt2(
+    length: int, batch: int, width: int = 768, depth: int = 12, heads: int = 12, vocabulary: int = 50257
+) -> Workload:
+    """A language model of the size of GPT-2 small, if nothing else is said."""
+    words = tokens(length, vocabulary)
+    return Workload(
+        lambda: Transformer(vocabulary, length, width, depth, heads, tied=True), words, words, batch, large=True
+    )
+
+
+MAIN = {
+    "MLP": perceptron(128),
+    "text classifier, T=128": text(128),
+    "language model, T=128": language(128),
+    "language model, tied, T=128": language(128, tied=True),
+    "language model, T=512": language(512),
+    "language model, tied, T=512": language(512, tied=True),
+    "ResNet-18 GroupNorm": residual(32),
     "ViT": Workload(ViT, images, classes(10), 16),
     "DPLSTM, T=32": Workload(Recurrent, tokens(32, 1000), classes(2), 32),
     "LoRA": Workload(lora, tokens(128), classes(2), 16),
+    "GPT-2 small, T=256": gpt2(256, 16),
+    "GPT-2 small, T=1024": gpt2(1024, 4),
 }
+SWEEPS = [
+    Sweep("text classifier", "T", {length: text(length) for length in (32, 64, 128, 256, 512, 1024)}, "B*T = 2048"),
+    Sweep("MLP", "B", {batch: perceptron(batch) for batch in (1, 4, 16, 64)}),
+    Sweep("ResNet-18 GroupNorm", "B", {batch: residual(batch) for batch in (1, 4, 16, 32)}),
+]
+WORKLOADS = MAIN | {name: sweep.points[size] for sweep in SWEEPS for size, name in sweep.names().items()}
