@@ -9,7 +9,7 @@ demo: $(TOX)  ## private training on real data
 test: $(TOX)  ## all tests
 	$(TOX) run -e torch213 -- $(ARGS)
 
-bench: $(TOX)  ## time of a step, as ratios to the step without privacy
+bench: $(TOX)  ## time and peak memory of a step, as ratios to the step without privacy
 	$(TOX) run -q -e bench -- $(ARGS)
 
 lint type: $(TOX)

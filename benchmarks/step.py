@@ -1,129 +1,117 @@
-"""Time of one training step (forward, backward, clip), as a ratio to the same step without privacy.
+"""Time and peak memory of one training step (forward, backward, clip), as ratios to the same step without privacy.
 
-All ways are run in turn in one process, so that whatever else the machine does hits them alike; a ratio is the median over
-the rounds.
+All ways run in turn in one process, in another order each round, so that whatever else the machine does hits them alike; a
+ratio of times is the median over the rounds. Memory is the peak of a first step over the level before it, by a trace of
+torch's allocator: what a way keeps from step to step counts, scratch memory inside oneDNN and MKL is not seen.
 
-    python benchmarks/step.py                       # everything
-    python benchmarks/step.py --only "MLP" "ViT"    # some workloads
+    python benchmarks/step.py                               # the main workloads
+    python benchmarks/step.py --sweeps --plot step.png      # over T and B as well, and a picture
+    python benchmarks/step.py --only MLP "language*"        # some
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
-import statistics
-import time
 import warnings
-from collections.abc import Callable
+from dataclasses import asdict
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import opacus
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-from workloads import WORKLOADS, Workload
+from measure import measure
+from report import plot, tables
+from workloads import MAIN, WORKLOADS
 
 import opacus_fgc
 
-Step = Callable[[], None]
-WAYS: dict[str, tuple[type[opacus.PrivacyEngine], str] | None] = {
-    "non-private": None,
-    "opacus hooks": (opacus.PrivacyEngine, "hooks"),
-    "opacus ghost": (opacus.PrivacyEngine, "ghost"),
-    "ghost": (opacus_fgc.PrivacyEngine, "ghost"),
-    "ghost_bk": (opacus_fgc.PrivacyEngine, "ghost_bk"),
-}
+
+def selection(pattern: str) -> list[str]:
+    """The names of the workloads that a pattern matches.
+
+    Raises:
+        argparse.ArgumentTypeError: if there are none.
+    """
+    names = [name for name in WORKLOADS if fnmatchcase(name, pattern)]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{pattern!r} matches none of: {'; '.join(WORKLOADS)}")
+    return names
 
 
-def make_step(workload: Workload, way: str) -> Step:
-    """A function that makes one step of a workload without the optimizer's own."""
-    warnings.simplefilter("ignore")
-    torch.manual_seed(0)
-    model, inputs, target = workload.model(), workload.inputs(workload.batch), workload.target(workload.batch)
-    optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.0)
-    criterion = nn.CrossEntropyLoss()
-    private = WAYS[way]
-    if private is not None:
-        engine_type, mode = private
-        model, optimizer, *rest = engine_type().make_private(
-            module=model,
-            optimizer=optimizer,
-            criterion=criterion,
-            data_loader=DataLoader(TensorDataset(inputs, target), batch_size=workload.batch),
-            noise_multiplier=0.0,
-            max_grad_norm=1.0,
-            poisson_sampling=False,
-            grad_sample_mode=mode,
-        )
-        criterion = rest[0] if len(rest) == 2 else criterion
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        criterion(model(inputs), target).backward()
-        if way == "opacus hooks":
-            optimizer.clip_and_accumulate()
-
-    return step
+def processor() -> str:
+    """What the system calls its processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
-def time_ratios(workload: Workload, seconds: float) -> dict[str, float | None]:
-    """The median time of each way over the non-private one's; None for a way that fails on the workload."""
-    steps: dict[str, Step | None] = {}
-    for way in WAYS:
-        try:
-            steps[way] = make_step(workload, way)
-            steps[way]()
-        except Exception as error:
-            print(f"    {way}: {type(error).__name__}: {str(error)[:100]}", flush=True)
-            steps[way] = None
-    running = {way: step for way, step in steps.items() if step is not None}
-    rounds: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rounds) < 5:
-        taken = {}
-        for way, step in running.items():
-            start = time.perf_counter()
-            step()
-            taken[way] = time.perf_counter() - start
-        rounds.append(taken)
+def versions() -> dict[str, str]:
+    """The versions of what was measured."""
     return {
-        way: statistics.median(taken[way] / taken["non-private"] for taken in rounds) if way in running else None
-        for way in WAYS
+        "opacus_fgc": opacus_fgc.__version__,
+        "opacus": opacus.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
     }
 
 
-def table(title: str, rows: dict[str, dict[str, float | None]]) -> str:
-    """A Markdown table, with the geometric means of what all ways could run."""
-    ways = [way for way in WAYS if way != "non-private"]
-    complete = [row for row in rows.values() if all(row[way] is not None for way in ways)]
-    lines = [f"| {title} | " + " | ".join(ways) + " |", "|---" * (len(ways) + 1) + "|"]
-    for name, row in rows.items():
-        cells = ["stops" if row[way] is None else f"{row[way]:.2f}" for way in ways]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if complete:
-        means = [math.exp(statistics.fmean(math.log(row[way] or 1.0) for row in complete)) for way in ways]
-        lines.append("| geometric mean where all run | " + " | ".join(f"{mean:.2f}" for mean in means) + " |")
-    return "\n".join(lines)
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What it was measured on."""
+    return {
+        "platform": platform.platform(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--only", nargs="+", type=selection, metavar="PATTERN", help="workloads by name, with * and ?")
+    which.add_argument("--sweeps", action="store_true", help="sweeps over T and B as well")
+    parser.add_argument("--seconds", type=float, default=12.0, help="time for the rounds of each workload")
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--autocast", action="store_true", help="forward passes in bfloat16")
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--plot", type=Path, help="where to draw them")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Measures, prints tables, and writes JSON if asked to."""
-    parser = argparse.ArgumentParser(description="Step time over that of non-private training.")
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="some workloads")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for the rounds of each workload")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    args = parser.parse_args()
+    """Measures, prints tables, and writes JSON and a plot if asked to."""
+    args = arguments()
+    warnings.simplefilter("ignore")
+    if args.only:
+        chosen = {name for names in args.only for name in names}
+    else:
+        chosen = set(WORKLOADS if args.sweeps else MAIN)
+        if args.device.type == "cpu":
+            chosen -= {name for name, workload in WORKLOADS.items() if workload.large}
 
-    times = {}
-    for name in args.only:
+    results = {}
+    for name in [name for name in WORKLOADS if name in chosen]:
         print(name, flush=True)
-        times[name] = time_ratios(WORKLOADS[name], args.seconds)
-    machine = f"torch {torch.__version__}, opacus {opacus.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
-    print(f"\n{machine}\n\n{table('time of a step', times)}")
+        results[name] = measure(WORKLOADS[name], args.seconds, args.device, args.autocast)
+        for way, why in results[name].stops.items():
+            print(f"    {way} stops: {why[:100]}", flush=True)
+
+    about = {
+        "versions": versions(),
+        "machine": machine(args.device),
+        "seconds": args.seconds,
+        "autocast": args.autocast,
+    }
+    print(f"\n{json.dumps(about, indent=2)}\n\n{tables(results)}")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "time": times}, indent=2) + "\n")
+        workloads = {name: asdict(figures) for name, figures in results.items()}
+        args.json.write_text(json.dumps(about | {"workloads": workloads}, indent=2) + "\n")
+    if args.plot:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":
