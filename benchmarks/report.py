@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
-from measure import WAYS, Figures
+from measure import BASELINE, WAYS, Figures
 from tabulate import tabulate
 from workloads import MAIN, SWEEPS, Sweep
 
@@ -87,17 +87,15 @@ def draw_bars(axes: Axes, results: Results, quantity: str) -> None:
     limit = 1.15 * max(ratio for ratio in [1.0, *others] if ratio is not None)
     height = 0.8 / len(WAYS)
     for i, way in enumerate(WAYS):
-        for row, figures in enumerate(results.values()):
-            ratio = getattr(figures, quantity)[way]
-            place = row + (i - (len(WAYS) - 1) / 2) * height
-            axes.barh(
-                place, min(ratio or 0.0, limit), height, color=COLOURS[way], label=way if row == 0 else "_nolegend_"
-            )
+        ratios = [getattr(figures, quantity)[way] for figures in results.values()]
+        places = [row + (i - (len(WAYS) - 1) / 2) * height for row in range(len(ratios))]
+        axes.barh(places, [min(ratio or 0.0, limit) for ratio in ratios], height, color=COLOURS[way], label=way)
+        for place, ratio in zip(places, ratios, strict=True):
             if ratio is None:
                 axes.text(0.03 * limit, place, "stops", va="center", fontsize=7, color="#555555")
             elif ratio > limit:
                 axes.text(0.98 * limit, place, f"{ratio:.1f} →", va="center", ha="right", fontsize=7)
-    axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
+    axes.axvline(1.0, color="black", linewidth=1, linestyle="--", label=BASELINE)
     axes.set(
         xlim=(0, limit), ylim=(len(results) - 0.5, -0.5), title=QUANTITIES[quantity], xlabel="ratio to non-private"
     )
@@ -110,12 +108,13 @@ def draw_lines(axes: Axes, name: str, sweep: Sweep, points: dict[int, Figures], 
         ratios = {size: getattr(figures, quantity)[way] for size, figures in points.items()}
         ran = {size: ratio for size, ratio in ratios.items() if ratio is not None}
         axes.plot(list(ran), list(ran.values()), color=COLOURS[way], marker=MARKERS[way], label=way)
-    axes.axhline(1.0, color="black", linewidth=1, linestyle="--")
+    axes.axhline(1.0, color="black", linewidth=1, linestyle="--", label=BASELINE)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(list(points), [str(size) for size in points])
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set(title=f"{QUANTITIES[quantity]}, {name}", xlabel=sweep.axis, ylabel="ratio to non-private")
+    axes.set_title(name, fontsize="medium")
+    axes.set(xlabel=sweep.axis, ylabel=f"{QUANTITIES[quantity]}, ratio")
 
 
 def plot(results: Results, path: Path) -> None:
@@ -136,6 +135,6 @@ def plot(results: Results, path: Path) -> None:
             for axes, (name, (sweep, points)) in zip(row, sweeps.items(), strict=True):
                 draw_lines(axes, name, sweep, points, quantity)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(WAYS), frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
