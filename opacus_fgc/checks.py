@@ -45,9 +45,8 @@ def refuse_packed_sequences(name: str, module: nn.Module, args: tuple[Any, ...])
 
 def check_forms(params: dict[str, nn.Parameter], forms: dict[Any, PerSampleGradient]) -> None:
     """Raises if a sampler did not answer for just the parameters of its layer."""
-    own = set(params.values())
     for param, form in forms.items():
-        if param not in own:
+        if not any(param is own for own in params.values()):
             raise ValueError(
                 f"its sampler gives per-sample gradients for something of shape {tuple(param.shape)} that is no parameter of "
                 "its own; those of its children have taps of their own"

@@ -30,7 +30,7 @@ from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient, full_precision
 from opacus_fgc.planner import Keep
 from opacus_fgc.record import Record
-from opacus_fgc.taps import Call, Use, tap, untapped
+from opacus_fgc.taps import Call, Receiver, Use, tap, untapped
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -53,11 +53,13 @@ class TappedLayer:
         name: what to call it in errors.
         sampler: what computes its per-sample gradients.
         params: the parameters that the sampler answers for, by name.
+        receive: what its taps hand their backprops to.
     """
 
     name: str
     sampler: Sampler
     params: dict[str, nn.Parameter]
+    receive: Receiver
 
 
 class GradSampleHooksFastGradientClipping(OpacusHooks):
@@ -104,7 +106,6 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         refuse_overlap(m, tapped, {layer for layer in tapped if find_sampler(layer, force_functorch).covers_children})
         self.record: Record | None = None
         self.clipped_sum = ClippedSum()
-        self._sampling = False
         self._second_pass: dict[Any, Tensor] | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         super().__init__(
@@ -153,7 +154,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         for layer in self.iterate_submodules(self._module):
             sampler = find_sampler(layer, self.force_functorch)
             params = dict(layer.named_parameters(recurse=sampler.covers_children))
-            self._layers[layer] = TappedLayer(describe(names[layer], layer), sampler, params)
+            receive = partial(self._receive, layer)
+            self._layers[layer] = TappedLayer(describe(names[layer], layer), sampler, params, receive)
             # First of all hooks, so that the tap sees what the layer itself returned.
             handle = layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True)
             self.autograd_grad_sample_hooks.append(handle)
@@ -179,7 +181,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         # A forward that runs inside of a backward is activation checkpointing at work: a second look at the same use, which
         # has to save what the first one saved, whichever pass it is.
         recomputing = torch._C._current_graph_task_id() != -1
-        if self._sampling or not torch.is_grad_enabled() or not (self.hooks_enabled or recomputing):
+        sampling = self.record is not None and self.record.sampling
+        if sampling or not torch.is_grad_enabled() or not (self.hooks_enabled or recomputing):
             return forward_output
         layer = self._layers[module]
         params = [param for param in layer.params.values() if param.requires_grad]
@@ -188,10 +191,17 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         if not recomputing:
             self._open_record().expect(module, params)
         axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
-        receive = partial(self._receive, module)
-        fingerprint = layer.sampler.fingerprint
         try:
-            return tap(forward_output, forward_input, forward_kwargs, self._anchor, params, receive, axis, fingerprint)
+            return tap(
+                forward_output,
+                forward_input,
+                forward_kwargs,
+                self._anchor,
+                params,
+                layer.receive,
+                axis,
+                layer.sampler.fingerprint,
+            )
         except NotImplementedError as error:
             raise NotImplementedError(f"{layer.name}: {error}") from error
 
@@ -244,16 +254,15 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     def _measure(self, module: nn.Module, uses: Sequence[Use]) -> None:
         assert self.record is not None
         layer = self._layers[module]
-        self._sampling = True
+        self.record.sampling = True
         try:
             with full_precision(uses[0].backprops[0].device):
-                forms = self._forms(module, layer, uses)
-        except (NotImplementedError, ValueError) as error:
+                for param, measured in self.record.receive(self._forms(module, layer, uses), uses).items():
+                    param._norm_sample = measured.norm
+        except (ValueError, RuntimeError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
         finally:
-            self._sampling = False
-        for param, measured in self.record.receive(layer.name, forms, uses).items():
-            param._norm_sample = measured.norm
+            self.record.sampling = False
 
     def _forms(self, module: nn.Module, layer: TappedLayer, uses: Sequence[Use]) -> Forms:
         assert self.record is not None

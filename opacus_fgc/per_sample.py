@@ -258,7 +258,8 @@ class Outer(SumOverPositions):
         if self.left.shape[2] > 1:
             return super().measured(room)
         left, right = (torch.linalg.vector_norm(at_least_float32(side), dim=3) for side in (self.left, self.right))
-        norm = torch.linalg.vector_norm(left * right, dim=(1, 2))
+        norms = (left * right).flatten(1)
+        norm = torch.linalg.vector_norm(norms, dim=1) if norms.shape[1] > 1 else norms.squeeze(1)
         return Measured(norm, self if self.fits(room) else None, Way.CLOSED)
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
@@ -399,11 +400,12 @@ class Sum(PerSampleGradient):
 class NormsOnlyError(NotImplementedError):
     """Something is asked of plain norms that only gradients can give."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "the norm sampler of this layer returns norms only, which cannot be added up over several uses of a "
-            "parameter; let it return a form of opacus_fgc.per_sample (Outer, Rows, Dense) instead"
-        )
+    def __init__(
+        self,
+        message: str = "the norm sampler of this layer returns norms only, which cannot be added up over several uses of a "
+        "parameter; let it return a form of opacus_fgc.per_sample (Outer, Rows, Dense) instead",
+    ) -> None:
+        super().__init__(message)
 
 
 class NormOnly(PerSampleGradient):

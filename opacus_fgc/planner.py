@@ -52,10 +52,6 @@ class Keep:
     share: float = 0.0
     everything: bool = False
 
-    def room(self, held: int) -> Room:
-        """The room for a form of a layer that holds so many elements."""
-        return Room(self.share * held, self.everything)
-
 
 @dataclass
 class Memory:
@@ -70,8 +66,8 @@ class Memory:
     """
 
     temporary: int = 2**25
-    ghost: Keep = Keep(share=1 / 8)
-    ghost_bk: Keep = Keep(share=1.5, everything=True)
+    ghost: Keep = Keep(share=1 / 6)
+    ghost_bk: Keep = Keep(share=1.4, everything=True)
 
 
 MEMORY = Memory()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ class Record:
     Attributes:
         keep: what is kept for `weighted_sums`.
         batch_size: number of samples, None before the first backprop.
+        sampling: whether samplers are running, whose own forwards are not to be tapped.
         unkept: the parameters that were measured, and of which nothing was kept.
     """
 
@@ -35,13 +34,15 @@ class Record:
         self.loss_reduction = loss_reduction
         self.keep = Keep()
         self.batch_size: int | None = None
+        self.sampling = False
         self.unkept: list[Any] = []
-        self._expected: Counter[nn.Module] = Counter()
-        self._owners: Counter[Any] = Counter()
+        self._expected: dict[nn.Module, int] = {}
+        self._owners: dict[Any, int] = {}
         self._uses: dict[nn.Module, list[Use]] = {}
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
+        self._granted = self._spent = 0.0
 
     @property
     def receiving(self) -> bool:
@@ -50,9 +51,11 @@ class Record:
 
     def expect(self, layer: nn.Module, params: Iterable[Tensor]) -> None:
         """Notes one more use of a layer, and of its parameters, in forward."""
-        if layer not in self._expected:
-            self._owners.update(params)
-        self._expected[layer] += 1
+        calls = self._expected.get(layer, 0)
+        if not calls:
+            for param in params:
+                self._owners[param] = self._owners.get(param, 0) + 1
+        self._expected[layer] = calls + 1
 
     def uses(self, layer: nn.Module, use: Use) -> Sequence[Use]:
         """Takes in one use of a layer.
@@ -60,7 +63,7 @@ class Record:
         Returns:
             All uses of the layer if they are complete with this one; else nothing.
         """
-        expected = self._expected[layer]
+        expected = self._expected.get(layer, 0)
         if expected == 1:
             return [use]
         uses = self._uses.setdefault(layer, [])
@@ -72,11 +75,10 @@ class Record:
         while self._uses:
             yield self._uses.popitem()
 
-    def receive(self, layer: str, forms: Mapping[Any, PerSampleGradient], uses: Sequence[Use]) -> dict[Any, Measured]:
+    def receive(self, forms: Mapping[Any, PerSampleGradient], uses: Sequence[Use]) -> dict[Any, Measured]:
         """Takes in the per-sample gradients of a layer's uses.
 
         Args:
-            layer: what to call the layer in errors.
             forms: the forms of its parameters.
             uses: the uses that they are of.
 
@@ -88,28 +90,44 @@ class Record:
             RuntimeError: if a parameter's norm was taken already.
         """
         complete = {}
-        # Several uses are held until the last one, so that keeping what came of them takes no more than there was.
-        keep = replace(self.keep, everything=self.keep.everything or (self.keep.share > 0 and len(uses) > 1))
         held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
+        held += sum(param.numel() for param in forms)
+        room = self._room(held, len(uses))
         for param, form in forms.items():
             if self.batch_size is None:
                 self.batch_size = form.batch_size
             if form.batch_size != self.batch_size:
                 raise ValueError(
-                    f"{layer} was called on a batch of {form.batch_size}, other layers of this step on {self.batch_size}. "
+                    f"it was called on a batch of {form.batch_size}, other layers of this step on {self.batch_size}. "
                     "Every layer with trainable parameters needs one row a sample: expand inputs that the batch shares "
                     "(`x.expand(batch_size, ...)`), and check batch_first"
                 )
             if param in self._norms:
                 raise RuntimeError(
-                    f"{layer}: a use of its parameter came back after the parameter's norm was taken. Do not mix the "
+                    "a use of its parameter came back after the parameter's norm was taken. Do not mix the "
                     "graphs of several forwards with a backward between them in one loss"
                 )
+            owners = self._owners.get(param)
+            if owners == 1:
+                complete[param] = self._measure(param, form, room)
+                continue
             received = self._forms.setdefault(param, [])
             received.append(form)
-            if len(received) == self._owners[param]:
-                complete[param] = self._measure(param, self._forms.pop(param), keep.room(held + param.numel()))
+            if len(received) == owners:
+                complete[param] = self._measure(param, per_sample.add(self._forms.pop(param)), room)
         return complete
+
+    def _room(self, held: int, uses: int) -> Room:
+        """The room for the forms of a layer that holds ``held`` elements in activations, backprops and parameters."""
+        share, everything = self.keep.share, self.keep.everything
+        self._granted += share * held
+        if share and uses > 1:
+            # All uses were held until now, so that keeping what came of them takes no more than there was.
+            return Room(share * held, everything=True)
+        if everything or self.unkept:
+            return Room(share * held, everything)
+        # As long as the second pass may be spared altogether, what other layers left of their room counts as well.
+        return Room(self._granted - self._spent)
 
     def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
         """The norms of the per-sample gradients of these parameters; 0 for a parameter that the loss does not use.
@@ -126,15 +144,16 @@ class Record:
                 "disabled during forward"
             )
         while self._forms:
-            self._measure(*self._forms.popitem(), Room(everything=self.keep.everything))
+            param, forms = self._forms.popitem()
+            with per_sample.full_precision(param.device):
+                self._measure(param, per_sample.add(forms), Room(everything=self.keep.everything))
         missing = [param for param in params if param not in self._norms]
         zeros = torch.zeros(self.batch_size)
         self._norms.update((param, per_sample.at_least_float32(zeros.to(param))) for param in missing)
         return self._norms
 
-    def _measure(self, param: Any, forms: list[PerSampleGradient], room: Room) -> Measured:
-        with per_sample.full_precision(param.device):
-            measured = per_sample.add(forms).measured(room)
+    def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured:
+        measured = form.measured(room)
         if self.loss_reduction == "mean":
             measured = measured._replace(norm=measured.norm * len(measured.norm))
         self._norms[param] = measured.norm
@@ -142,6 +161,7 @@ class Record:
             self.unkept.append(param)
         else:
             self._kept[param] = measured.kept
+            self._spent += 0 if room.everything else measured.kept.elements
         return measured
 
     def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor]]:

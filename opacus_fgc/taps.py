@@ -8,7 +8,6 @@ these too.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,30 +21,34 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
-@dataclass(frozen=True)
 class Call:
-    """One call of a layer, as its tap sees it during backward.
+    """One call of a layer, as its tap sees it during backward. Made for every call of every layer, so it is kept light.
 
     Attributes:
-        args: positional arguments of the call.
-        kwargs: keyword arguments of the call.
+        activations: the tensors among the arguments, in the order of the call.
         outputs: which leaves of the (flattened) output the backprops belong to.
         batch_axis: the axis of inputs and outputs that counts samples.
         fingerprint: what the layer's sampler noted about the output during forward.
         autocast: whether the forward ran under autocast, and in which dtype.
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    outputs: tuple[int, ...]
-    batch_axis: int
-    fingerprint: Any
-    autocast: tuple[bool, torch.dtype]
+    __slots__ = ("_pending", "activations", "autocast", "batch_axis", "fingerprint", "outputs")
 
-    @property
-    def activations(self) -> list[Tensor]:
-        """The tensors among the arguments, in the order of the call."""
-        return tensors_in((self.args, self.kwargs))
+    def __init__(self, pending: _Pending, activations: list[Tensor]) -> None:
+        self._pending = pending
+        self.activations = activations
+        self.outputs = pending.outputs
+        self.batch_axis = pending.batch_axis
+        self.fingerprint = pending.fingerprint
+        self.autocast = pending.autocast
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the call."""
+        leaves, spec = self._pending.leaves, self._pending.spec
+        if leaves is None or spec is None:
+            return tuple(self.activations), {}
+        tensors = iter(self.activations)
+        return tree_unflatten([next(tensors) if leaf is _TENSOR else leaf for leaf in leaves], spec)
 
 
 class Use(NamedTuple):
@@ -85,18 +88,6 @@ class _Pending:
         self.leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    def with_activations(self, activations: tuple[Tensor, ...]) -> Call:
-        """The call, with its tensors in their places."""
-        detached = [activation.detach() for activation in activations]
-        args: tuple[Any, ...] = tuple(detached)
-        kwargs: dict[str, Any] = {}
-        if self.leaves is not None:
-            assert self.spec is not None
-            tensors = iter(detached)
-            leaves = [next(tensors) if leaf is _TENSOR else leaf for leaf in self.leaves]
-            args, kwargs = tree_unflatten(leaves, self.spec)
-        return Call(args, kwargs, self.outputs, self.batch_axis, self.fingerprint, self.autocast)
-
 
 _TENSOR = object()
 
@@ -122,8 +113,12 @@ class Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:
         """Shows the backprops and passes them on."""
-        ctx.pending.receive(ctx.pending.with_activations(ctx.saved_tensors), backprops)
+        pending = ctx.pending
+        pending.receive(Call(pending, [activation.detach() for activation in ctx.saved_tensors]), backprops)
         return (None, None, *backprops, *[None] * ctx.activation_count)
+
+
+_TAP_NODE = Tap._backward_cls  # type: ignore[attr-defined]
 
 
 def tap(
@@ -186,25 +181,43 @@ def untapped(loss: Tensor, params: Iterable[Tensor]) -> set[Tensor]:
         Those among ``params`` that are used outside of the layers that were tapped for them.
     """
     wanted = set(params)
-    found = set()
+    found: set[Tensor] = set()
     seen: set[Any] = set()
-    # Nodes outside of all layers; and, by the tap that stands for it, nodes between a layer's output and its input.
-    todo: list[tuple[Any, Any]] = [(loss.grad_fn, None)]
+    todo = [loss.grad_fn]
     while todo:
-        node, owner = todo.pop()
-        if node is None or (node, owner) in seen:
+        node = todo.pop()
+        if node is None or node in seen:
             continue
-        seen.add((node, owner))
-        pending = getattr(node, "pending", None)
-        if isinstance(pending, _Pending):
-            edges = [edge[0] for edge in node.next_functions][1:]
-            count = len(pending.outputs)
-            todo += [(edge, None) for edge in edges[count:]]
-            seen.update((edge, node) for edge in edges[count:])
-            todo += [(edge, node) for edge in edges[:count]]
-            continue
-        variable = getattr(node, "variable", None)
-        if variable is not None and variable in wanted and (owner is None or not owner.pending.stands_for(variable)):
-            found.add(variable)
-        todo += [(edge[0], owner) for edge in node.next_functions]
+        seen.add(node)
+        edges = node.next_functions
+        if isinstance(node, _TAP_NODE):
+            outputs = 1 + len(node.pending.outputs)
+            inputs = [edge[0] for edge in edges[outputs:]]
+            leaves, taps = _inside([edge[0] for edge in edges[1:outputs]], set(inputs))
+            found.update(leaf for leaf in leaves if leaf in wanted and not node.pending.stands_for(leaf))
+            todo += inputs
+            todo += taps
+        elif edges:
+            todo += [edge[0] for edge in edges]
+        elif getattr(node, "variable", None) in wanted:
+            found.add(node.variable)
     return found
+
+
+def _inside(todo: list[Any], end: set[Any]) -> tuple[list[Tensor], list[Any]]:
+    """The leaves that a layer's output depends on, and the taps of its children, short of where its input came from."""
+    leaves, taps = [], []
+    seen = end
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        edges = node.next_functions
+        if isinstance(node, _TAP_NODE):
+            taps.append(node)
+        elif edges:
+            todo += [edge[0] for edge in edges]
+        elif hasattr(node, "variable"):
+            leaves.append(node.variable)
+    return leaves, taps

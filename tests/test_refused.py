@@ -86,7 +86,7 @@ CASES = {
         lambda: Apply(lambda m, x: m.b(x) + m.a(torch.arange(5)[None]), a=nn.Embedding(5, 3), b=nn.Linear(3, 3)),
         [torch.ones(N, 5, 3)],
         ValueError,
-        r"layer '[ab]' \((Embedding|Linear)\) was called on a batch of",
+        r"layer '[ab]' \((Embedding|Linear)\): it was called on a batch of",
     ),
     "tokens-as-batch": (
         lambda: Apply(lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, (N, 5)), a=nn.Linear(3, 3)),

@@ -45,5 +45,5 @@ def convolution(layer: Conv, activations: list[Tensor], backprops: Tensor) -> Fo
             images, backprops, layer.weight.shape, layer.stride, padding, layer.dilation, layer.groups
         )
     if layer.bias is not None and layer.bias.requires_grad:
-        forms[layer.bias] = Dense(at_least_float32(backprops).sum(tuple(range(2, backprops.dim()))))
+        forms[layer.bias] = Dense(at_least_float32(backprops).flatten(2).sum(2))
     return forms

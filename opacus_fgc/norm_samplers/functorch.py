@@ -61,7 +61,7 @@ class Functorch:
         batch_size: int,
     ) -> dict[str, Tensor]:
         axis = call.batch_axis
-        leaves, spec = tree_flatten((call.args, call.kwargs))
+        leaves, spec = tree_flatten(call.arguments())
         is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         in_dims = [axis if tensor.dim() > axis and tensor.shape[axis] == batch_size else None for tensor in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,26 +13,32 @@ from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_
 from opacus_fgc.per_sample import Dense, at_least_float32
 
 
-def _scale_and_shift(layer: nn.Module, normalized: Tensor, backprops: Tensor, axes: tuple[int, ...]) -> Forms:
-    """The forms of ``weight`` and, where there is one, ``bias``; ``axes`` are those that the parameters are shared over."""
+def _scale_and_shift(layer: nn.Module, normalized: Tensor, backprops: Tensor, axis: int) -> Forms:
+    """The forms of ``weight`` and, where there is one, ``bias``.
+
+    Args:
+        layer: the layer.
+        normalized: its normalized input, shape ``(N, T, *weight.shape)`` or ``(N, *weight.shape, T)``, which is overwritten.
+        backprops: of the same shape, float32 or wider.
+        axis: that of the ``T`` positions, over which the parameters are shared.
+    """
     weight, bias = layer.weight, getattr(layer, "bias", None)
-    backprops = at_least_float32(backprops)
     forms: Forms = {}
     if weight is not None and weight.requires_grad:
-        product = normalized * backprops
-        forms[weight] = Dense(product.sum(axes) if axes else product)
+        forms[weight] = Dense(normalized.mul_(backprops).sum(axis))
     if bias is not None and bias.requires_grad:
-        forms[bias] = Dense(backprops.sum(axes) if axes else backprops)
+        forms[bias] = Dense(backprops.sum(axis))
     return forms
 
 
 @register_norm_sampler([nn.LayerNorm, nn.RMSNorm])
 def norm_of_last_axes(layer: nn.LayerNorm | nn.RMSNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
     """Layers that normalize the last axes of ``(N, *, *normalized_shape)``."""
-    axes = tuple(range(1, backprops.dim() - len(layer.normalized_shape)))
+    leading = backprops.shape[1 : backprops.dim() - len(layer.normalized_shape)]
+    shape = (len(backprops), math.prod(leading), *layer.normalized_shape)
     normalize: Callable[..., Tensor] = F.layer_norm if isinstance(layer, nn.LayerNorm) else F.rms_norm
     normalized = normalize(at_least_float32(activations[0]), layer.normalized_shape, eps=layer.eps)
-    return _scale_and_shift(layer, normalized, backprops, axes)
+    return _scale_and_shift(layer, normalized.reshape(shape), at_least_float32(backprops).reshape(shape), 1)
 
 
 @register_norm_sampler([nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
@@ -43,4 +50,5 @@ def norm_of_channels(layer: Any, activations: list[Tensor], backprops: Tensor) -
         groups, dims = layer.num_features, 1 + layer._get_no_batch_dim()
     refuse_unbatched(backprops, dims)
     normalized = F.group_norm(at_least_float32(activations[0]), groups, eps=layer.eps)
-    return _scale_and_shift(layer, normalized, backprops, tuple(range(2, backprops.dim())))
+    shape = (*backprops.shape[:2], math.prod(backprops.shape[2:]))
+    return _scale_and_shift(layer, normalized.reshape(shape), at_least_float32(backprops).reshape(shape), 2)
