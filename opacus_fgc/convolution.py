@@ -14,6 +14,9 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 from opacus_fgc.per_sample import Dense, Measured, Outer, PerSampleGradient, SumOverPositions, add, at_least_float32
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
 
+# Where the kernel sees fewer elements than this, one product of patches is faster than many small ones of shifted images.
+_FEW_SEEN = 64
+
 _WEIGHT_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}
 
 
@@ -112,7 +115,7 @@ class Convolution(SumOverPositions):
             dilation = self._dilation[axis]
             windows = windows.unfold(2 + axis, dilation * (size - 1) + 1, self._stride[axis])[..., ::dilation]
         # From (N, in, *positions, *kernel) to (N, groups, in / groups * kernel, T), so that whole rows are copied.
-        windows = windows.permute(0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes))
+        windows = windows.permute([0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes)])
         patches = windows.flatten(2 + axes).flatten(1, 1 + axes).unflatten(1, (self._groups, -1))
         left = self.backprops.flatten(2).unflatten(1, (self._groups, -1))
         return Outer(left.mT, patches.mT, self.shape)
@@ -131,7 +134,7 @@ class Convolution(SumOverPositions):
         rows = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
         length = 1 + sum((count - 1) * row for count, row in zip(counts, rows, strict=True))
 
-        pads = []
+        pads: list[int] = []
         for size, before, points, stride in zip(self.images.shape[2:], self._padding, grid, strides, strict=True):
             pads = [before, points * stride - size - before, *pads]
         images = F.pad(self.images, pads) if any(pads) else self.images
@@ -146,7 +149,8 @@ class Convolution(SumOverPositions):
                 phase = tuple(offset % stride for offset, stride in zip(offsets, strides, strict=True))
                 if phase not in phases:
                     steps = (slice(first, None, stride) for first, stride in zip(phase, strides, strict=True))
-                    phases[phase] = images[(..., *steps)].flatten(2).unflatten(1, (self._groups, -1)).flatten(0, 1)
+                    index = (slice(None), slice(None), *steps)
+                    phases[phase] = images[index].flatten(2).unflatten(1, (self._groups, -1)).flatten(0, 1)
                 start = sum(offset // stride * row for offset, stride, row in zip(offsets, strides, rows, strict=True))
                 yield phases[phase][..., start : start + length]
 
@@ -157,8 +161,7 @@ class Convolution(SumOverPositions):
 
     def formed(self) -> Dense:
         n, (groups, _, p, d) = self.batch_size, self.sizes
-        # Many small products are slower than patches where the kernel sees but a few elements.
-        if n == 0 or d < 64:
+        if n == 0 or d < _FEW_SEEN:
             return self._as_outer().formed()
         left, seen = self._shifted()
         kernel = math.prod(self.shape[2:])

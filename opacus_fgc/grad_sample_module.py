@@ -28,6 +28,7 @@ from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_gradient_sampler, find_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient, full_precision
+from opacus_fgc.plan import Plan, clock
 from opacus_fgc.planner import Keep
 from opacus_fgc.record import Record
 from opacus_fgc.taps import Call, Receiver, Use, tap, untapped
@@ -50,12 +51,14 @@ class TappedLayer:
     """A layer with a tap.
 
     Attributes:
+        path: its name in the model.
         name: what to call it in errors.
         sampler: what computes its per-sample gradients.
         params: the parameters that the sampler answers for, by name.
         receive: what its taps hand their backprops to.
     """
 
+    path: str
     name: str
     sampler: Sampler
     params: dict[str, nn.Parameter]
@@ -107,6 +110,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         self.record: Record | None = None
         self.clipped_sum = ClippedSum()
         self._second_pass: dict[Any, Tensor] | None = None
+        self._plan: Plan | None = None
         self._anchor = torch.zeros((), requires_grad=True)
         super().__init__(
             m,
@@ -155,7 +159,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             sampler = find_sampler(layer, self.force_functorch)
             params = dict(layer.named_parameters(recurse=sampler.covers_children))
             receive = partial(self._receive, layer)
-            self._layers[layer] = TappedLayer(describe(names[layer], layer), sampler, params, receive)
+            self._layers[layer] = TappedLayer(names[layer], describe(names[layer], layer), sampler, params, receive)
             # First of all hooks, so that the tap sees what the layer itself returned.
             handle = layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True)
             self.autograd_grad_sample_hooks.append(handle)
@@ -254,26 +258,33 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     def _measure(self, module: nn.Module, uses: Sequence[Use]) -> None:
         assert self.record is not None
         layer = self._layers[module]
+        device = uses[0].backprops[0].device
+        start = clock(device) if self._plan else 0.0
         self.record.sampling = True
         try:
-            with full_precision(uses[0].backprops[0].device):
-                for param, measured in self.record.receive(self._forms(module, layer, uses), uses).items():
-                    param._norm_sample = measured.norm
+            with full_precision(device):
+                measured = self.record.receive(self._forms(module, layer, uses), uses)
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
         finally:
             self.record.sampling = False
+        for param, one in measured.items():
+            param._norm_sample = one.norm
+        if self._plan:
+            params = [param for param in layer.params.values() if param.requires_grad]
+            seconds = clock(device) - start
+            self._plan.measured(layer.path, module, layer.sampler.name, uses, params, measured, seconds)
 
     def _forms(self, module: nn.Module, layer: TappedLayer, uses: Sequence[Use]) -> Forms:
         assert self.record is not None
         try:
-            forms = layer.sampler(module, uses)
+            forms = layer.sampler(module, uses, self.record.interleave)
             check_forms(layer.params, forms)
             if self.record.keep.everything and any(isinstance(form, NormOnly) for form in forms.values()):
                 raise NormsOnlyError
         except NormsOnlyError:
             # Functorch answers for the children as well, but they have taps of their own.
-            gradients = find_gradient_sampler(module)(module, uses)
+            gradients = find_gradient_sampler(module)(module, uses, self.record.interleave)
             forms = {param: gradients[param] for param in layer.params.values() if param in gradients}
         return {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
 
@@ -369,6 +380,22 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 "put penalties on weights into the optimizer (weight_decay)"
             )
 
+    @contextmanager
+    def plan(self) -> Iterator[Plan]:
+        """A context that watches the steps in it, and says layer by layer what they are made of and why they cost what they do.
+
+        Example:
+            >>> with model.plan() as plan:
+            ...     criterion(model(x), y).backward()
+            >>> print(plan)
+        """
+        self._plan = Plan()
+        try:
+            with self._plan.watching(next(self._module.parameters()).device):
+                yield self._plan
+        finally:
+            self._plan = None
+
     # Clipped sums
 
     def check_accumulation(self) -> None:
@@ -411,9 +438,14 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         assert self.record is not None
         unused = dict.fromkeys(self.trainable_parameters)
+        start = clock(coef.device) if self._plan else 0.0
         for param, weighted_sum in self.record.weighted_sums(coef):
             del unused[param]
             yield param, weighted_sum
+            if self._plan:
+                end = clock(coef.device)
+                self._plan.summed(param, end - start)
+                start = end
         rest = self.record.unkept
         if rest:
             with self.hooks_off():
@@ -421,6 +453,8 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                     (coef.to(loss_per_sample) * loss_per_sample).sum(), rest, allow_unused=True
                 )
             unused.update(zip(rest, gradients, strict=True))
+            if self._plan:
+                self._plan.second_pass(rest, clock(coef.device) - start)
         yield from unused.items()
 
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:

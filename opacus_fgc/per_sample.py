@@ -40,11 +40,18 @@ class Measured(NamedTuple):
         norm: L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider.
         kept: a form of the same gradients to make the weighted sum of; None if nothing is kept.
         way: how the norm was computed.
+        temporary: elements of the largest temporary on the way.
     """
 
     norm: Tensor
     kept: PerSampleGradient | None
     way: Way
+    temporary: int = 0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the temporary and of what is kept, beyond activations, which the step without privacy holds as well."""
+        return self.norm.element_size() * (self.temporary + (0 if self.kept is None else self.kept.elements))
 
 
 class PerSampleGradient(ABC):
@@ -136,7 +143,7 @@ class Dense(PerSampleGradient):
 
     @classmethod
     def joined(cls, forms: Sequence[Dense]) -> Dense:
-        return cls(torch.stack([form.values for form in forms]).sum(0))
+        return Dense(torch.stack([form.values for form in forms]).sum(0))
 
     def folded(self, uses: int) -> Dense:
         return Dense(self.values.unflatten(0, (-1, uses)).sum(1))
@@ -210,9 +217,10 @@ class SumOverPositions(PerSampleGradient):
         if way is Way.KEPT:
             gradients = self.part(slice(None)).formed()
             return Measured(gradients.norm(), gradients, way)
-        parts = (self.part(samples) for samples in planner.slices(self.batch_size, self.temporary(way)))
+        temporary = self.temporary(way)
+        parts = [self.part(samples) for samples in planner.slices(self.batch_size, temporary)]
         norms = [part.gram().clamp(min=0).sqrt() if way is Way.GRAM else part.formed().norm() for part in parts]
-        return Measured(torch.cat(norms), self if self.fits(room) else None, way)
+        return Measured(torch.cat(norms), self if self.fits(room) else None, way, parts[0].batch_size * temporary)
 
 
 class Outer(SumOverPositions):

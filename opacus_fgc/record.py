@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from opacus_fgc import per_sample
 from opacus_fgc.per_sample import Measured, PerSampleGradient
 from opacus_fgc.planner import Keep, Room
-from opacus_fgc.taps import Use
+from opacus_fgc.taps import Interleave, Use
 
 
 class Record:
@@ -26,6 +26,7 @@ class Record:
     Attributes:
         keep: what is kept for `weighted_sums`.
         batch_size: number of samples, None before the first backprop.
+        interleave: makes one batch of several uses.
         sampling: whether samplers are running, whose own forwards are not to be tapped.
         unkept: the parameters that were measured, and of which nothing was kept.
     """
@@ -34,6 +35,7 @@ class Record:
         self.loss_reduction = loss_reduction
         self.keep = Keep()
         self.batch_size: int | None = None
+        self.interleave = Interleave()
         self.sampling = False
         self.unkept: list[Any] = []
         self._expected: dict[nn.Module, int] = {}
@@ -171,7 +173,8 @@ class Record:
             coef: shape ``(N,)``.
         """
         while self._kept:
-            param, form = self._kept.popitem()
+            param = next(iter(self._kept))
+            form = self._kept.pop(param)
             # The context ends before the yield: what the caller does in between is not to run under it.
             with per_sample.full_precision(param.device):
                 weighted_sum = form.weighted_sum(coef.to(param.device)).to(param.dtype)

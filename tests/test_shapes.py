@@ -42,36 +42,30 @@ def test_linear(n: int, leading: list[int], d: int, p: int, bias: bool) -> None:
     check(Case("linear", lambda: nn.Linear(d, p, bias), [floats(*leading, d)]), n)
 
 
-@OPTIONS
-@given(
-    n=st.integers(0, 3),
-    axes=st.integers(1, 3),
-    groups=st.integers(1, 3),
-    per_group=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    data=st.data(),
-    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
-)
-def test_convolution(
-    n: int, axes: int, groups: int, per_group: tuple[int, int], data: st.DataObject, mode: str
-) -> None:
+@st.composite
+def convolution_cases(draw: st.DrawFn) -> Case:
+    """A convolution of any kind."""
+    axes, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    channels_in, channels_out = (groups * draw(st.integers(1, 2)) for _ in range(2))
+
     def numbers(low: int, high: int) -> tuple[int, ...]:
-        return data.draw(st.tuples(*[st.integers(low, high)] * axes))
+        return draw(st.tuples(*[st.integers(low, high)] * axes))
 
     kernel, stride, dilation = numbers(1, 3), numbers(1, 2), numbers(1, 2)
-    padding = data.draw(st.sampled_from([numbers(0, 2), "valid"] + (["same"] if stride == (1,) * axes else [])))
-    size = numbers(5, 7)
-    channels_in, channels_out = groups * per_group[0], groups * per_group[1]
-    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
-    check(
-        Case(
-            "convolution",
-            lambda: convolution(
-                channels_in, channels_out, kernel, stride, padding, dilation, groups, padding_mode=mode
-            ),
-            [floats(channels_in, *size)],
-        ),
-        n,
+    padding = draw(st.sampled_from([numbers(0, 2), "valid"] + (["same"] if stride == (1,) * axes else [])))
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    return Case(
+        "convolution",
+        lambda: layer(channels_in, channels_out, kernel, stride, padding, dilation, groups, padding_mode=mode),
+        [floats(channels_in, *numbers(5, 7))],
     )
+
+
+@OPTIONS
+@given(n=st.integers(0, 3), case=convolution_cases())
+def test_convolution(n: int, case: Case) -> None:
+    check(case, n)
 
 
 @OPTIONS

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opacus_fgc.norm_samplers.registry import Forms
 from opacus_fgc.per_sample import Dense, add, at_least_float32
-from opacus_fgc.taps import Call, Use
+from opacus_fgc.taps import Call, Interleave, Use
 
 
 def _norms_by_sample(outputs: list[Tensor], axis: int) -> Tensor:
@@ -26,6 +26,7 @@ class Functorch:
     not if the layer mixes samples, draws random numbers or changes a state.
     """
 
+    name = "torch.func"
     covers_children = True
 
     def fingerprint(self, outputs: list[Tensor], axis: int) -> Tensor:
@@ -34,7 +35,7 @@ class Functorch:
             raise NotImplementedError("it has no norm sampler, and an output without a batch axis")
         return _norms_by_sample(outputs, axis)
 
-    def __call__(self, layer: nn.Module, uses: Sequence[Use]) -> Forms:
+    def __call__(self, layer: nn.Module, uses: Sequence[Use], interleave: Interleave) -> Forms:
         """The forms of all trainable parameters in the layer, added up over its uses.
 
         Raises:

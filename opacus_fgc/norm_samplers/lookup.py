@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
-from opacus_fgc.taps import Call, Use, tensors_in
+from opacus_fgc.taps import Call, Interleave, Use, interleaved, tensors_in
 
 
 class Registered:
@@ -24,21 +24,23 @@ class Registered:
 
     Args:
         function: the entry of the table.
+        name: what a plan calls it.
         as_form: makes a form of what it returns for a parameter, given the parameter's shape.
     """
 
     covers_children = False
 
     def __init__(
-        self, function: Callable[..., Mapping], as_form: Callable[[Any, torch.Size], PerSampleGradient]
+        self, function: Callable[..., Mapping], name: str, as_form: Callable[[Any, torch.Size], PerSampleGradient]
     ) -> None:
+        self.name = name
         self._function = function
         self._as_form = as_form
 
     def fingerprint(self, outputs: list[Tensor], axis: int) -> None:
         """Needs to know nothing about the outputs."""
 
-    def __call__(self, layer: nn.Module, uses: Sequence[Use]) -> Forms:
+    def __call__(self, layer: nn.Module, uses: Sequence[Use], interleave: Interleave) -> Forms:
         """The forms of the layer's parameters, added up over its uses; see `registry.register_norm_sampler`.
 
         Uses of one shape go to the function as one batch: a recurrent layer is one call, not one for each step.
@@ -54,8 +56,8 @@ class Registered:
         for group in groups.values():
             activations, backprop = group[0]
             if len(group) > 1:
-                activations = [torch.stack([inputs[0] for inputs, _ in group], 1).flatten(0, 1)]
-                backprop = torch.stack([backprop for _, backprop in group], 1).flatten(0, 1)
+                activations = [interleaved([inputs[0] for inputs, _ in group])]
+                backprop = interleave([backprop for _, backprop in group])
             for param, gradient in self._function(layer, activations, backprop).items():
                 form = self._as_form(gradient, param.shape)
                 forms.setdefault(param, []).append(form.folded(len(group)) if len(group) > 1 else form)
@@ -97,7 +99,7 @@ def find_sampler(layer: nn.Module, force_functorch: bool = False) -> Sampler:
         return Functorch()
     for base in type(layer).__mro__:
         if base in NORM_SAMPLERS and base.forward is type(layer).forward and "forward" not in vars(layer):
-            return Registered(NORM_SAMPLERS[base], _form_or_norms)
+            return Registered(NORM_SAMPLERS[base], "norm sampler", _form_or_norms)
     return find_gradient_sampler(layer)
 
 
@@ -108,7 +110,7 @@ def find_gradient_sampler(layer: nn.Module) -> Sampler:
         layer: a layer with trainable parameters of its own.
     """
     if type(layer) in GradSampleHooks.GRAD_SAMPLERS:
-        return Registered(GradSampleHooks.GRAD_SAMPLERS[type(layer)], _dense)
+        return Registered(GradSampleHooks.GRAD_SAMPLERS[type(layer)], "grad sampler", _dense)
     return Functorch()
 
 

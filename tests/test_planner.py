@@ -1,0 +1,181 @@
+"""Every way that the planner can choose gives the oracle's result, and it chooses by the shapes at hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import nn
+
+from opacus_fgc import GradSampleModuleFastGradientClipping, convolution, planner
+from opacus_fgc.convolution import Convolution
+from opacus_fgc.loss import book_keeping, double_backward
+from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, SumOverPositions, add
+from opacus_fgc.planner import NO_ROOM, Keep, Room, Way
+from tests.cases import CASES, Case, floats
+from tests.test_exact import assert_equal, expected, private
+from tests.test_shapes import OPTIONS, convolution_cases
+
+EVERYTHING = Room(elements=float("inf"), everything=True)
+WAYS = [Way.GRAM, Way.FORMED, Way.KEPT]
+MODES = {"ghost": double_backward, "ghost_bk": book_keeping}
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.name)
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Way]:
+    """Makes the planner take one way wherever it has that option; gives the list of the ways that it then took."""
+    taken = []
+
+    def cheapest(options):
+        taken.append(request.param if request.param in options else min(options, key=options.__getitem__))
+        return taken[-1]
+
+    monkeypatch.setattr(planner, "cheapest", cheapest)
+    # Room for every gradient, and shifted images whatever the kernel sees.
+    for mode in MODES:
+        keep = Keep(share=1e9, everything=mode == "ghost_bk")
+        monkeypatch.setattr(planner.MEMORY, mode, keep)
+    monkeypatch.setattr(convolution, "_FEW_SEEN", 0)
+    return taken
+
+
+def check(case: Case, backward) -> None:
+    oracle = expected(case, "mean")
+    max_grad_norm = oracle.total_norm().median().item()
+    model, wrapper, _ = private(case, "wrapped", "mean", max_grad_norm, backward=backward)
+    clipped = oracle.clipped_sum(max_grad_norm)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            assert_equal(param._norm_sample, oracle.norms()[name], f"norms of {name}")
+            assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_every_way_equals_oracle(case: Case, mode: str, forced: list[Way]) -> None:
+    check(case, MODES[mode])
+
+
+# Long enough for every number of blocks that Gram matrices are cut into.
+@pytest.mark.parametrize("positions", [2, 95, 96, 97, 255, 257])
+def test_every_way_on_many_positions(positions: int, forced: list[Way]) -> None:
+    check(Case("linear", lambda: nn.Linear(3, 2), [floats(positions, 3)]), book_keeping)
+    assert set(forced) <= set(WAYS) and forced
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_room_equals_oracle(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parameters go to the second pass, or only their activations and backprops are kept."""
+    monkeypatch.setattr(planner.MEMORY, mode, Keep(everything=mode == "ghost_bk"))
+    for case in CASES:
+        check(case, MODES[mode])
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@OPTIONS
+@given(case=convolution_cases())
+def test_every_way_of_a_convolution(case: Case, way: Way) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convolution, "_FEW_SEEN", 0)
+        patch.setattr(planner, "cheapest", lambda options: way if way in options else Way.GRAM)
+        patch.setattr(planner.MEMORY, "ghost_bk", Keep(share=1e9, everything=True))
+        check(case, book_keeping)
+
+
+def linear(positions: int, p: int, d: int, n: int = 2) -> Outer:
+    return Outer(torch.randn(n, positions, p), torch.randn(n, positions, d), torch.Size((p, d)))
+
+
+def conv(channels: int, size: int, n: int = 2) -> Convolution:
+    x = torch.randn(n, channels, size, size)
+    return Convolution(x, torch.randn_like(x), torch.Size((channels, channels, 3, 3)), (1, 1), (1, 1), (1, 1), 1)
+
+
+CHOICES = {
+    "one-position": (linear(1, 32, 32), NO_ROOM, Way.CLOSED),
+    "few-positions": (linear(16, 128, 128), NO_ROOM, Way.GRAM),
+    "many-positions": (linear(256, 32, 32), NO_ROOM, Way.FORMED),
+    "many-positions-and-room": (linear(256, 32, 32), EVERYTHING, Way.KEPT),
+    "few-positions-and-room": (linear(4, 128, 128), EVERYTHING, Way.GRAM),
+    "convolution-of-one-position": (conv(8, 1), NO_ROOM, Way.CLOSED),
+    "convolution-of-a-small-image": (conv(64, 4), NO_ROOM, Way.GRAM),
+    "convolution-of-a-large-image": (conv(8, 24), NO_ROOM, Way.FORMED),
+    "convolution-of-a-large-image-and-room": (conv(8, 24), EVERYTHING, Way.KEPT),
+}
+
+
+@pytest.mark.parametrize("form, room, way", CHOICES.values(), ids=CHOICES)
+def test_choice_by_shapes(form: PerSampleGradient, room: Room, way: Way) -> None:
+    measured = form.measured(room)
+    assert measured.way is way
+    assert (measured.kept is not None) == room.everything
+    torch.testing.assert_close(measured.norm, Dense(form.materialize()).norm())
+
+
+def test_choice_follows_the_batch() -> None:
+    """The same layer goes another way on longer sequences."""
+    module = GradSampleModuleFastGradientClipping(nn.Linear(32, 32))
+    ways = []
+    for positions in (1, 4, 256):
+        with module.plan() as plan:
+            module.first_pass(module(torch.randn(2, positions, 32)).square().sum((1, 2)))
+        ways.append(plan.rows[0].way)
+    assert ways == [way.value for way in (Way.CLOSED, Way.GRAM, Way.FORMED)]
+
+
+@pytest.mark.parametrize("form", [linear(64, 48, 40, 9), conv(16, 12, 9)], ids=["linear", "convolution"])
+@pytest.mark.parametrize("way", [Way.GRAM, Way.FORMED], ids=lambda way: way.name)
+@pytest.mark.parametrize("samples", [1, 2, 4])
+def test_temporaries_are_bounded(
+    form: SumOverPositions, way: Way, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "cheapest", lambda options: way)
+    monkeypatch.setattr(planner.MEMORY, "temporary", 4 * samples * form.temporary(way))
+    sizes = []
+    part = type(form).part
+    monkeypatch.setattr(type(form), "part", lambda self, s: sizes.append(s) or part(self, s))
+    measured = form.measured()
+    torch.testing.assert_close(measured.norm, Dense(form.materialize()).norm())
+    assert [s.stop - s.start for s in sizes[: -(-9 // samples)]] == [samples] * -(-9 // samples)
+    assert measured.temporary == samples * form.temporary(way)
+
+
+def test_ghost_keeps_no_more_than_its_share() -> None:
+    """Biases and norm layers take little; a linear layer's backprops on many positions do not."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    module = GradSampleModuleFastGradientClipping(model)
+    module.first_pass(module(torch.randn(4, 48, 64)).square().sum((1, 2)), planner.MEMORY.ghost)
+    assert set(module.record.unkept) == {model[0].weight, model[2].weight}
+
+
+def test_ghost_spares_the_second_pass_where_all_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    module = GradSampleModuleFastGradientClipping(model)
+    double_backward(module, module(torch.randn(4, 64)).square().sum(1))
+    assert not module.record.unkept
+
+
+@pytest.mark.parametrize("form", [linear(5, 4, 3, 6), linear(1, 4, 3, 6), conv(2, 4, 6), Dense(torch.randn(6, 4, 3))])
+@pytest.mark.parametrize("uses", [1, 2, 3])
+def test_folded_is_the_sum_over_uses(form: PerSampleGradient, uses: int) -> None:
+    gradients = form.materialize()
+    folded = form.folded(uses)
+    torch.testing.assert_close(folded.materialize(), gradients.unflatten(0, (-1, uses)).sum(1))
+    torch.testing.assert_close(folded.norm(), folded.materialize().flatten(1).norm(dim=1))
+
+
+def test_convolutions_of_large_images_add_up_as_gradients() -> None:
+    forms = [conv(2, 8), conv(2, 8)]
+    added = add(forms)
+    assert isinstance(added, Dense)
+    torch.testing.assert_close(added.materialize(), sum(form.materialize() for form in forms))
+
+
+def test_patches_and_shifted_images_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = conv(3, 7)
+    x, g = form.images, form.backprops
+    oracle = torch.stack([F.conv2d(x[n, :, None], g[n, :, None], padding=1).movedim(0, 1) for n in range(len(x))])
+    for few in (0, 10**9):
+        monkeypatch.setattr(convolution, "_FEW_SEEN", few)
+        torch.testing.assert_close(form.formed().materialize(), oracle)
