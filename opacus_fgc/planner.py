@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class Way(Enum):
-    """A way to the norms of per-sample gradients that are a sum of ``T`` outer products each."""
+    """A way to the norms of per-sample gradients."""
 
     STORED = "gradients as they are"
     CLOSED = "product of norms"
@@ -55,7 +55,7 @@ class Keep:
 
 @dataclass
 class Memory:
-    """The bounds on memory, beyond that of the step without privacy. Set them on `opacus_fgc.MEMORY`.
+    """The bounds on memory, beyond that of the step without privacy. Set them on `planner.MEMORY`.
 
     Attributes:
         temporary: the most bytes that one temporary of a layer takes; larger work is done in slices of the batch.
