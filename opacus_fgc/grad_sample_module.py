@@ -28,8 +28,8 @@ from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_gradient_sampler, find_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient, full_precision
-from opacus_fgc.plan import Plan, clock
-from opacus_fgc.planner import Keep
+from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
+from opacus_fgc.planner import Budget, Keep
 from opacus_fgc.record import Record
 from opacus_fgc.taps import Call, Receiver, Use, tap, untapped
 
@@ -110,7 +110,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         self.record: Record | None = None
         self.clipped_sum = ClippedSum()
         self._second_pass: dict[Any, Tensor] | None = None
-        self._plan: Plan | None = None
+        self._plan: Unwatched = UNWATCHED
         self._anchor = torch.zeros((), requires_grad=True)
         super().__init__(
             m,
@@ -258,11 +258,10 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     def _measure(self, module: nn.Module, uses: Sequence[Use]) -> None:
         assert self.record is not None
         layer = self._layers[module]
-        device = uses[0].backprops[0].device
-        start = clock(device) if self._plan else 0.0
+        self._plan.lap()
         self.record.sampling = True
         try:
-            with full_precision(device):
+            with full_precision(uses[0].backprops[0].device):
                 measured = self.record.receive(self._forms(module, layer, uses), uses)
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
@@ -270,17 +269,14 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             self.record.sampling = False
         for param, one in measured.items():
             param._norm_sample = one.norm
-        if self._plan:
-            params = [param for param in layer.params.values() if param.requires_grad]
-            seconds = clock(device) - start
-            self._plan.measured(layer.path, module, layer.sampler.name, uses, params, measured, seconds)
+        self._plan.measured(layer.path, module, layer.sampler.name, uses, layer.params.values(), measured)
 
     def _forms(self, module: nn.Module, layer: TappedLayer, uses: Sequence[Use]) -> Forms:
         assert self.record is not None
         try:
             forms = layer.sampler(module, uses, self.record.interleave)
             check_forms(layer.params, forms)
-            if self.record.keep.everything and any(isinstance(form, NormOnly) for form in forms.values()):
+            if self.record.budget.keep.everything and any(isinstance(form, NormOnly) for form in forms.values()):
                 raise NormsOnlyError
         except NormsOnlyError:
             # Functorch answers for the children as well, but they have taps of their own.
@@ -351,7 +347,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         self._check_trainable(loss_per_sample)
         record = self._open_record()
-        record.loss_reduction, record.keep = "sum", keep
+        record.loss_reduction, record.budget = "sum", Budget(keep)
         torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=not keep.everything, allow_unused=True)
         norms = self.get_norm_sample()
         if norms.shape != loss_per_sample.shape:
@@ -389,12 +385,12 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
             ...     criterion(model(x), y).backward()
             >>> print(plan)
         """
-        self._plan = Plan()
+        self._plan = plan = Plan()
         try:
-            with self._plan.watching(next(self._module.parameters()).device):
-                yield self._plan
+            with plan.watching(next(self._module.parameters()).device):
+                yield plan
         finally:
-            self._plan = None
+            self._plan = UNWATCHED
 
     # Clipped sums
 
@@ -438,14 +434,11 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """
         assert self.record is not None
         unused = dict.fromkeys(self.trainable_parameters)
-        start = clock(coef.device) if self._plan else 0.0
+        self._plan.lap()
         for param, weighted_sum in self.record.weighted_sums(coef):
             del unused[param]
             yield param, weighted_sum
-            if self._plan:
-                end = clock(coef.device)
-                self._plan.summed(param, end - start)
-                start = end
+            self._plan.summed(param)
         rest = self.record.unkept
         if rest:
             with self.hooks_off():
@@ -453,8 +446,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                     (coef.to(loss_per_sample) * loss_per_sample).sum(), rest, allow_unused=True
                 )
             unused.update(zip(rest, gradients, strict=True))
-            if self._plan:
-                self._plan.second_pass(rest, clock(coef.device) - start)
+            self._plan.second_pass(rest)
         yield from unused.items()
 
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:

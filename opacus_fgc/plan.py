@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,38 +42,12 @@ class Row:
     seconds: float = 0.0
 
 
-@dataclass
-class Plan:
-    """All layers of the steps that ran while it was being made; see `GradSampleHooksFastGradientClipping.plan`.
+class Unwatched:
+    """In the place of a plan while none is being made."""
 
-    ``print(plan)`` gives a table. On CUDA the device is synchronized before each reading of the clock, so that steps take longer
-    while they are watched.
-
-    Attributes:
-        rows: what was measured, in the order in which backward came to the layers.
-        seconds: time for all that ran.
-    """
-
-    rows: list[Row] = field(default_factory=list)
-    seconds: float = 0.0
-    _by_param: dict[Any, Row] = field(default_factory=dict, repr=False)
-
-    @contextmanager
-    def watching(self, device: torch.device) -> Iterator[None]:
-        """A context whose duration is that of the plan."""
-        start = clock(device)
-        try:
-            yield
-        finally:
-            self.seconds += clock(device) - start
-
-    def row(self, layer: str) -> Row:
-        """The row of a layer, a new one for a new name."""
-        for row in self.rows:
-            if row.layer == layer:
-                return row
-        self.rows.append(Row(layer))
-        return self.rows[-1]
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        return 0.0
 
     def measured(
         self,
@@ -81,48 +55,109 @@ class Plan:
         module: nn.Module,
         sampler: str,
         uses: Sequence[Use],
-        params: Sequence[nn.Parameter],
+        params: Collection[nn.Parameter],
         measured: Mapping[Any, Measured],
-        seconds: float,
     ) -> None:
-        """Notes the norms of a layer.
+        """Notes the norms of a layer, which took the time since the last lap.
 
         Args:
             layer: its name in the model.
             module: the layer.
             sampler: where its per-sample gradients come from.
             uses: its uses in this step.
-            params: its trainable parameters.
+            params: its parameters.
             measured: what was measured of them; nothing of a parameter that is shared with a layer yet to come.
-            seconds: the time that it took.
         """
-        row = self.row(layer)
-        row.type, row.sampler, row.parameters = type(module).__name__, sampler, sum(param.numel() for param in params)
+
+    def summed(self, param: nn.Parameter) -> None:
+        """Notes a parameter's clipped sum, which took the time since the last lap."""
+
+    def second_pass(self, params: Sequence[nn.Parameter]) -> None:
+        """Notes a second pass for the parameters of which nothing was kept, likewise."""
+
+
+UNWATCHED = Unwatched()
+
+
+@dataclass
+class Plan(Unwatched):
+    """All layers of the steps that ran while it was being made; see `GradSampleHooksFastGradientClipping.plan`.
+
+    ``print(plan)`` gives a table. On CUDA the device is synchronized before each reading of the clock, so that steps take longer
+    while they are watched.
+
+    Attributes:
+        by_layer: what was measured, by the names of the layers in the model, in the order in which backward came to them.
+        seconds: time for all that ran.
+    """
+
+    by_layer: dict[str, Row] = field(default_factory=dict)
+    seconds: float = 0.0
+    _by_param: dict[Any, Row] = field(default_factory=dict, repr=False)
+    _device: torch.device = field(default=torch.device("cpu"), repr=False)
+    _last: float = field(default=0.0, repr=False)
+
+    @contextmanager
+    def watching(self, device: torch.device) -> Iterator[Plan]:
+        """A context whose duration is that of the plan."""
+        self._device = device
+        start = self._last = self._clock()
+        try:
+            yield self
+        finally:
+            self.seconds += self._clock() - start
+
+    def _clock(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def lap(self) -> float:
+        last, self._last = self._last, self._clock()
+        return self._last - last
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the table."""
+        return list(self.by_layer.values())
+
+    def measured(
+        self,
+        layer: str,
+        module: nn.Module,
+        sampler: str,
+        uses: Sequence[Use],
+        params: Collection[nn.Parameter],
+        measured: Mapping[Any, Measured],
+    ) -> None:
+        trainable = [param for param in params if param.requires_grad]
+        row = self.by_layer.setdefault(layer, Row(layer))
+        row.type, row.sampler = type(module).__name__, sampler
+        row.parameters = sum(param.numel() for param in trainable)
         call, backprops = uses[0]
         tensors = [*call.activations[:1], *backprops[:1]]
         row.shapes = " -> ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
         if len(uses) > 1:
             row.shapes = f"{len(uses)} times {row.shapes}"
         ways = [one.way.value for one in measured.values() if one.way is not Way.STORED]
-        if len(measured) < len(params):
+        if len(measured) < len(trainable):
             ways.append("with a layer that shares its parameters")
         # Of weight and bias, the weight's way says more.
         row.way = ", ".join(dict.fromkeys(ways)) or Way.STORED.value
         row.memory = max(row.memory, sum(one.memory for one in measured.values()))
-        row.seconds += seconds
+        row.seconds += self.lap()
         self._by_param.update(dict.fromkeys(measured, row))
 
-    def summed(self, param: nn.Parameter, seconds: float) -> None:
-        """Notes the time for a parameter's clipped sum."""
+    def summed(self, param: nn.Parameter) -> None:
+        seconds = self.lap()
         # A parameter shared with a layer that the loss does not use was measured after all layers, and has no row.
         if param in self._by_param:
             self._by_param[param].seconds += seconds
 
-    def second_pass(self, params: Sequence[nn.Parameter], seconds: float) -> None:
-        """Notes a second pass for the parameters of which nothing was kept."""
-        row = self.row("(second pass)")
+    def second_pass(self, params: Sequence[nn.Parameter]) -> None:
+        row = self.by_layer.setdefault("(second pass)", Row("(second pass)"))
         row.parameters, row.way = sum(param.numel() for param in params), "backward of the weighted loss"
-        row.seconds += seconds
+        row.seconds += self.lap()
 
     def __str__(self) -> str:
         """A table, one row a layer."""
@@ -144,10 +179,3 @@ class Plan:
         ]
         headers = ("layer", "type", "sampler", "parameters", "shapes", "way to the norm", "extra MiB", "share of step")
         return tabulate(cells, headers, colalign=("left",) * 3 + ("right", "left", "left", "right", "right"))
-
-
-def clock(device: torch.device) -> float:
-    """Seconds by a clock that waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -53,6 +53,38 @@ class Keep:
     everything: bool = False
 
 
+class Budget:
+    """What a first pass may keep, told layer by layer.
+
+    Args:
+        keep: the bounds.
+    """
+
+    def __init__(self, keep: Keep = Keep()) -> None:
+        self.keep = keep
+        self._left = 0.0
+
+    def room(self, held: int, uses: int, spared: bool) -> Room:
+        """The room for the forms of a layer.
+
+        Args:
+            held: elements of the layer's activations, backprops and parameters.
+            uses: how often it was called.
+            spared: whether the second pass may still be spared altogether.
+        """
+        share, everything = self.keep.share * held, self.keep.everything
+        self._left += share
+        if share and uses > 1:
+            # All uses were held until now, so that keeping what came of them takes no more than there was.
+            return Room(share, everything=True)
+        # Where no second pass may be needed, what other layers left of their room counts as well.
+        return Room(self._left) if spared and not everything else Room(share, everything)
+
+    def spend(self, elements: int) -> None:
+        """Notes that so many elements were kept."""
+        self._left -= elements
+
+
 @dataclass
 class Memory:
     """The bounds on memory, beyond that of the step without privacy. Set them on `planner.MEMORY`.
@@ -67,7 +99,7 @@ class Memory:
 
     temporary: int = 2**25
     ghost: Keep = Keep(share=1 / 6)
-    ghost_bk: Keep = Keep(share=1.4, everything=True)
+    ghost_bk: Keep = Keep(share=1.3, everything=True)
 
 
 MEMORY = Memory()

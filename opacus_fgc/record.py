@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opacus_fgc import per_sample
 from opacus_fgc.per_sample import Measured, PerSampleGradient
-from opacus_fgc.planner import Keep, Room
+from opacus_fgc.planner import Budget, Room
 from opacus_fgc.taps import Interleave, Use
 
 
@@ -24,7 +24,7 @@ class Record:
         loss_reduction: how the loss of the pass that brings the backprops is reduced over the batch, "mean" or "sum".
 
     Attributes:
-        keep: what is kept for `weighted_sums`.
+        budget: what may be kept for `weighted_sums`.
         batch_size: number of samples, None before the first backprop.
         interleave: makes one batch of several uses.
         sampling: whether samplers are running, whose own forwards are not to be tapped.
@@ -33,7 +33,7 @@ class Record:
 
     def __init__(self, loss_reduction: str) -> None:
         self.loss_reduction = loss_reduction
-        self.keep = Keep()
+        self.budget = Budget()
         self.batch_size: int | None = None
         self.interleave = Interleave()
         self.sampling = False
@@ -44,7 +44,6 @@ class Record:
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
-        self._granted = self._spent = 0.0
 
     @property
     def receiving(self) -> bool:
@@ -94,7 +93,7 @@ class Record:
         complete = {}
         held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
         held += sum(param.numel() for param in forms)
-        room = self._room(held, len(uses))
+        room = self.budget.room(held, len(uses), spared=not self.unkept)
         for param, form in forms.items():
             if self.batch_size is None:
                 self.batch_size = form.batch_size
@@ -119,18 +118,6 @@ class Record:
                 complete[param] = self._measure(param, per_sample.add(self._forms.pop(param)), room)
         return complete
 
-    def _room(self, held: int, uses: int) -> Room:
-        """The room for the forms of a layer that holds ``held`` elements in activations, backprops and parameters."""
-        share, everything = self.keep.share, self.keep.everything
-        self._granted += share * held
-        if share and uses > 1:
-            # All uses were held until now, so that keeping what came of them takes no more than there was.
-            return Room(share * held, everything=True)
-        if everything or self.unkept:
-            return Room(share * held, everything)
-        # As long as the second pass may be spared altogether, what other layers left of their room counts as well.
-        return Room(self._granted - self._spent)
-
     def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
         """The norms of the per-sample gradients of these parameters; 0 for a parameter that the loss does not use.
 
@@ -148,7 +135,7 @@ class Record:
         while self._forms:
             param, forms = self._forms.popitem()
             with per_sample.full_precision(param.device):
-                self._measure(param, per_sample.add(forms), Room(everything=self.keep.everything))
+                self._measure(param, per_sample.add(forms), Room(everything=self.budget.keep.everything))
         missing = [param for param in params if param not in self._norms]
         zeros = torch.zeros(self.batch_size)
         self._norms.update((param, per_sample.at_least_float32(zeros.to(param))) for param in missing)
@@ -163,7 +150,8 @@ class Record:
             self.unkept.append(param)
         else:
             self._kept[param] = measured.kept
-            self._spent += 0 if room.everything else measured.kept.elements
+            if not room.everything:
+                self.budget.spend(measured.kept.elements)
         return measured
 
     def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor]]:

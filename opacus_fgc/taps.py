@@ -7,7 +7,7 @@ these too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -207,42 +207,35 @@ def untapped(loss: Tensor, params: Iterable[Tensor]) -> set[Tensor]:
     """
     wanted = set(params)
     found: set[Tensor] = set()
-    seen: set[Any] = set()
     todo: list[Any] = [loss.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        edges = node.next_functions
+    for node in _visit(todo, set()):
         if isinstance(node, _TAP_NODE):
+            edges = [edge[0] for edge in node.next_functions]
             outputs = 1 + len(node.pending.outputs)
-            inputs = [edge[0] for edge in edges[outputs:]]
-            leaves, taps = _inside([edge[0] for edge in edges[1:outputs]], set(inputs))
-            found.update(leaf for leaf in leaves if leaf in wanted and not node.pending.stands_for(leaf))
+            inputs = edges[outputs:]
             todo += inputs
-            todo += taps
-        elif edges:
-            todo += [edge[0] for edge in edges]
-        elif getattr(node, "variable", None) in wanted:
+            # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
+            for inner in _visit(edges[1:outputs], set(inputs)):
+                if isinstance(inner, _TAP_NODE):
+                    todo.append(inner)
+                elif _leaf(inner) in wanted and not node.pending.stands_for(inner.variable):
+                    found.add(inner.variable)
+        elif _leaf(node) in wanted:
             found.add(node.variable)
     return found
 
 
-def _inside(todo: list[Any], end: set[Any]) -> tuple[list[Tensor], list[Any]]:
-    """The leaves that a layer's output depends on, and the taps of its children, short of where its input came from."""
-    leaves, taps = [], []
-    seen = end
+def _visit(todo: list[Any], seen: set[Any]) -> Iterator[Any]:
+    """Nodes of a graph, each once: those in ``todo``, and those behind them; behind a tap only what the caller puts there."""
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        edges = node.next_functions
-        if isinstance(node, _TAP_NODE):
-            taps.append(node)
-        elif edges:
-            todo += [edge[0] for edge in edges]
-        elif hasattr(node, "variable"):
-            leaves.append(node.variable)
-    return leaves, taps
+        if not isinstance(node, _TAP_NODE):
+            todo += [edge[0] for edge in node.next_functions]
+        yield node
+
+
+def _leaf(node: Any) -> Tensor | None:
+    return None if node.next_functions else getattr(node, "variable", None)
