@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from opacus.utils.module_utils import trainable_modules
@@ -23,9 +24,11 @@ def describe(name: str, module: nn.Module) -> str:
 
 
 def refuse_buffers(model: nn.Module) -> None:
-    """Raises a NotImplementedError if a trainable layer has buffers."""
+    """Raises a NotImplementedError if a trainable layer has buffers, other than tables of indices."""
     for name, module in trainable_modules(model):
-        buffers = [buffer for buffer, _ in module.named_buffers()]
+        own = dict(module.named_buffers(recurse=False))
+        index_tables = not any(buffer.is_floating_point() for buffer in own.values())
+        buffers = [] if index_tables else list(own)
         if buffers:
             raise NotImplementedError(
                 f"{describe(name, module)} is trainable and has buffers ({', '.join(buffers)}), which may carry "
@@ -43,7 +46,7 @@ def refuse_packed_sequences(name: str, module: nn.Module, args: tuple[Any, ...])
         )
 
 
-def check_forms(params: dict[str, nn.Parameter], forms: dict[Any, PerSampleGradient]) -> None:
+def check_forms(params: Mapping[str, Any], forms: Mapping[Any, PerSampleGradient]) -> None:
     """Raises if a sampler did not answer for just the parameters of its layer."""
     for param, form in forms.items():
         if not any(param is own for own in params.values()):

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
 from opacus.grad_sample import GradSampleModule
-from opacus.layers.dp_rnn import DPRNNBase
-from opacus.utils.module_utils import has_trainable_params, trainable_parameters
+from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
-from opacus_fgc.checks import (
-    check_forms,
-    check_loss_reduction,
-    describe,
-    refuse_buffers,
-    refuse_overlap,
-    refuse_packed_sequences,
-)
+from opacus_fgc.checks import check_forms, check_loss_reduction, refuse_buffers
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.norm_samplers.lookup import Sampler, batch_axis, find_gradient_sampler, find_sampler
+from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient, full_precision
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import Budget, Keep
-from opacus_fgc.record import Record
-from opacus_fgc.taps import Call, Receiver, Use, tap, untapped
+from opacus_fgc.tapped_model import Tapped, TappedModel
+from opacus_fgc.taps import Call, Use, untapped
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -46,26 +35,7 @@ def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -
         param._norm_sample = Dense(grad_sample[:max_batch_len]).norm()
 
 
-@dataclass(frozen=True)
-class TappedLayer:
-    """A layer with a tap.
-
-    Attributes:
-        path: its name in the model.
-        name: what to call it in errors.
-        sampler: what computes its per-sample gradients.
-        params: the parameters that the sampler answers for, by name.
-        receive: what its taps hand their backprops to.
-    """
-
-    path: str
-    name: str
-    sampler: Sampler
-    params: dict[str, nn.Parameter]
-    receive: Receiver
-
-
-class GradSampleHooksFastGradientClipping(OpacusHooks):
+class GradSampleHooksFastGradientClipping(TappedModel):
     """Computes per-sample gradient norms of a model without wrapping it; see `GradSampleModuleFastGradientClipping`.
 
     Args:
@@ -84,7 +54,6 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     """
 
     NORM_SAMPLERS = NORM_SAMPLERS
-    hooks_enabled: bool
 
     def __init__(
         self,
@@ -104,19 +73,15 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         self.clipping = FlatClipping(max_grad_norm)
         if strict:
             refuse_buffers(m)
-        self.force_functorch = force_functorch
-        tapped = set(self.iterate_submodules(m))
-        refuse_overlap(m, tapped, {layer for layer in tapped if find_sampler(layer, force_functorch).covers_children})
-        self.record: Record | None = None
+        self._prepare(m, force_functorch)
         self.clipped_sum = ClippedSum()
         self._second_pass: dict[Any, Tensor] | None = None
         self._plan: Unwatched = UNWATCHED
-        self._anchor = torch.zeros((), requires_grad=True)
         super().__init__(
             m,
             batch_first=batch_first,
             loss_reduction=loss_reduction,
-            strict=strict,
+            strict=False,  # checked above
             force_functorch=force_functorch,
             max_grad_norm=max_grad_norm,
             use_ghost_clipping=use_ghost_clipping,
@@ -131,94 +96,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     def max_grad_norm(self, value: float) -> None:
         self.clipping.max_grad_norm = value
 
-    # Taps
-
-    def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
-        """The layers that get a tap: all with trainable parameters of their own, but for those inside a functorch layer."""
-        seen, todo = set(), [module]
-        while todo:
-            layer = todo.pop()
-            if layer in seen:
-                continue
-            seen.add(layer)
-            # Opacus' recurrent layers show their cells' parameters as their own.
-            if has_trainable_params(layer) and not isinstance(layer, DPRNNBase):
-                yield layer
-                if find_sampler(layer, self.force_functorch).covers_children:
-                    continue
-            todo.extend(layer.children())
-
-    def add_hooks(
-        self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
-    ) -> None:
-        """Puts a tap on every trainable layer; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
-        self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = []
-        names = {layer: name for name, layer in self._module.named_modules()}
-        self._layers = {}
-        for layer in self.iterate_submodules(self._module):
-            sampler = find_sampler(layer, self.force_functorch)
-            params = dict(layer.named_parameters(recurse=sampler.covers_children))
-            receive = partial(self._receive, layer)
-            self._layers[layer] = TappedLayer(names[layer], describe(names[layer], layer), sampler, params, receive)
-            # First of all hooks, so that the tap sees what the layer itself returned.
-            handle = layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True)
-            self.autograd_grad_sample_hooks.append(handle)
-        for name, module in self._module.named_modules():
-            if isinstance(module, DPRNNBase):
-                refuse = partial(refuse_packed_sequences, name)
-                self.autograd_grad_sample_hooks.append(module.register_forward_pre_hook(refuse))
-        for _, param in trainable_parameters(self._module):
-            self.autograd_grad_sample_hooks.append(param.register_hook(partial(self._collect_second_pass, param)))
-        self.enable_hooks()
-
-    def capture_activations_hook(
-        self, module: nn.Module, forward_input: tuple[Any, ...], forward_kwargs: dict[str, Any], forward_output: Any
-    ) -> Any:
-        """Forward hook of each layer: returns its output with a tap on it.
-
-        Args:
-            module: the layer.
-            forward_input: its positional arguments.
-            forward_kwargs: its keyword arguments.
-            forward_output: what it returned.
-        """
-        # A forward that runs inside of a backward is activation checkpointing at work: a second look at the same use, which
-        # has to save what the first one saved, whichever pass it is.
-        recomputing = torch._C._current_graph_task_id() != -1
-        sampling = self.record is not None and self.record.sampling
-        if sampling or not torch.is_grad_enabled() or not (self.hooks_enabled or recomputing):
-            return forward_output
-        layer = self._layers[module]
-        params = [param for param in layer.params.values() if param.requires_grad]
-        if not params:
-            return forward_output
-        if not recomputing:
-            self._open_record().expect(module, params)
-        axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
-        try:
-            return tap(
-                forward_output,
-                forward_input,
-                forward_kwargs,
-                self._anchor,
-                params,
-                layer.receive,
-                axis,
-                layer.sampler.fingerprint,
-            )
-        except NotImplementedError as error:
-            raise NotImplementedError(f"{layer.name}: {error}") from error
-
-    def _open_record(self) -> Record:
-        """The record of the step whose forward runs; a new one if backward has been there."""
-        if self.record is None or self.record.receiving:
-            self.record = Record(self.loss_reduction)
-            self._second_pass = None
-            for param in self.trainable_parameters:
-                param._norm_sample = None
-        return self.record
-
-    def _receive(self, module: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> None:
+    def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
         if self.hooks_enabled:
             if self.record is None:
                 self._open_record()
@@ -229,7 +107,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
 
     def capture_backprops_hook(
         self,
-        module: nn.Module,
+        module: Any,
         _forward_input: Call,
         forward_output: tuple[Tensor, ...],
         loss_reduction: str,
@@ -238,7 +116,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         """Backward hook of each layer: computes the per-sample gradient norms of its parameters, in ``_norm_sample``.
 
         Args:
-            module: the layer.
+            module: the layer, or what stands for a tapped operation.
             _forward_input: the call whose backprops these are.
             forward_output: the gradients of the loss by the layer's outputs.
             loss_reduction: how that loss was reduced over the batch; with "mean" the norms are scaled back.
@@ -255,23 +133,20 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
         if uses:
             self._measure(module, uses)
 
-    def _measure(self, module: nn.Module, uses: Sequence[Use]) -> None:
+    def _measure(self, module: Any, uses: Sequence[Use]) -> None:
         assert self.record is not None
-        layer = self._layers[module]
+        layer = self._tapped(module)
         self._plan.lap()
-        self.record.sampling = True
         try:
             with full_precision(uses[0].backprops[0].device):
                 measured = self.record.receive(self._forms(module, layer, uses), uses)
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
-        finally:
-            self.record.sampling = False
         for param, one in measured.items():
             param._norm_sample = one.norm
-        self._plan.measured(layer.path, module, layer.sampler.name, uses, layer.params.values(), measured)
+        self._plan.measured(layer, uses, measured)
 
-    def _forms(self, module: nn.Module, layer: TappedLayer, uses: Sequence[Use]) -> Forms:
+    def _forms(self, module: Any, layer: Tapped, uses: Sequence[Use]) -> Forms:
         assert self.record is not None
         try:
             forms = layer.sampler(module, uses, self.record.interleave)
@@ -287,16 +162,6 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
         return Dense(form.materialize()) if materialize else form
-
-    @contextmanager
-    def hooks_off(self) -> Iterator[None]:
-        """A context in which taps do nothing."""
-        enabled = self.hooks_enabled
-        self.hooks_enabled = False
-        try:
-            yield
-        finally:
-            self.hooks_enabled = enabled
 
     def get_norm_sample(self) -> Tensor:
         """The norm of each sample's gradient over all trainable parameters, after the first backward.
@@ -368,7 +233,7 @@ class GradSampleHooksFastGradientClipping(OpacusHooks):
                 f"{', '.join(sorted(names[param] for param in late))} did not require gradients, or was not there, when the "
                 "model was wrapped; wrap it anew with all parameters that are to be trained"
             )
-        outside = untapped(loss_per_sample, names)
+        outside = untapped([loss_per_sample], names)
         if outside:
             raise ValueError(
                 f"the loss depends on {', '.join(sorted(names[param] for param in outside))} past the layer that has it, so "

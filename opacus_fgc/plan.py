@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
@@ -15,6 +15,9 @@ from torch import nn
 from opacus_fgc.per_sample import Measured
 from opacus_fgc.planner import Way
 from opacus_fgc.taps import Use
+
+if TYPE_CHECKING:
+    from opacus_fgc.tapped_model import Tapped
 
 
 @dataclass
@@ -51,21 +54,15 @@ class Unwatched:
 
     def measured(
         self,
-        layer: str,
-        module: nn.Module,
-        sampler: str,
+        layer: Tapped,
         uses: Sequence[Use],
-        params: Collection[nn.Parameter],
         measured: Mapping[Any, Measured],
     ) -> None:
         """Notes the norms of a layer, which took the time since the last lap.
 
         Args:
-            layer: its name in the model.
-            module: the layer.
-            sampler: where its per-sample gradients come from.
+            layer: the layer.
             uses: its uses in this step.
-            params: its parameters.
             measured: what was measured of them; nothing of a parameter that is shared with a layer yet to come.
         """
 
@@ -87,12 +84,11 @@ class Plan(Unwatched):
     while they are watched.
 
     Attributes:
-        by_layer: what was measured, by the names of the layers in the model, in the order in which backward came to them.
         seconds: time for all that ran.
     """
 
-    by_layer: dict[str, Row] = field(default_factory=dict)
     seconds: float = 0.0
+    _by_name: dict[str, Row] = field(default_factory=dict, repr=False)
     _by_param: dict[Any, Row] = field(default_factory=dict, repr=False)
     _device: torch.device = field(default=torch.device("cpu"), repr=False)
     _last: float = field(default=0.0, repr=False)
@@ -118,21 +114,17 @@ class Plan(Unwatched):
 
     @property
     def rows(self) -> list[Row]:
-        """The rows of the table."""
-        return list(self.by_layer.values())
+        """What was measured, in the order in which backward came to the layers."""
+        return list(self._by_name.values())
 
     def measured(
         self,
-        layer: str,
-        module: nn.Module,
-        sampler: str,
+        layer: Tapped,
         uses: Sequence[Use],
-        params: Collection[nn.Parameter],
         measured: Mapping[Any, Measured],
     ) -> None:
-        trainable = [param for param in params if param.requires_grad]
-        row = self.by_layer.setdefault(layer, Row(layer))
-        row.type, row.sampler = type(module).__name__, sampler
+        trainable = [param for param in layer.params.values() if param.requires_grad]
+        row = self._by_name.setdefault(layer.name, Row(layer.path, layer.type, layer.sampler.name))
         row.parameters = sum(param.numel() for param in trainable)
         call, backprops = uses[0]
         tensors = [*call.activations[:1], *backprops[:1]]
@@ -155,7 +147,7 @@ class Plan(Unwatched):
             self._by_param[param].seconds += seconds
 
     def second_pass(self, params: Sequence[nn.Parameter]) -> None:
-        row = self.by_layer.setdefault("(second pass)", Row("(second pass)"))
+        row = self._by_name.setdefault("(second pass)", Row("(second pass)"))
         row.parameters, row.way = sum(param.numel() for param in params), "backward of the weighted loss"
         row.seconds += self.lap()
 

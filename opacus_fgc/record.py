@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from opacus_fgc import per_sample
 from opacus_fgc.per_sample import Measured, PerSampleGradient
@@ -26,8 +26,8 @@ class Record:
     Attributes:
         budget: what may be kept for `weighted_sums`.
         batch_size: number of samples, None before the first backprop.
+        batch_size_seen: number of samples that the model was called on, None where it does not show.
         interleave: makes one batch of several uses.
-        sampling: whether samplers are running, whose own forwards are not to be tapped.
         unkept: the parameters that were measured, and of which nothing was kept.
     """
 
@@ -35,12 +35,12 @@ class Record:
         self.loss_reduction = loss_reduction
         self.budget = Budget()
         self.batch_size: int | None = None
+        self.batch_size_seen: int | None = None
         self.interleave = Interleave()
-        self.sampling = False
         self.unkept: list[Any] = []
-        self._expected: dict[nn.Module, int] = {}
+        self._expected: dict[Any, int] = {}
         self._owners: dict[Any, int] = {}
-        self._uses: dict[nn.Module, list[Use]] = {}
+        self._uses: dict[Any, list[Use]] = {}
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
@@ -50,7 +50,16 @@ class Record:
         """Whether backward has begun."""
         return self.batch_size is not None or bool(self._uses)
 
-    def expect(self, layer: nn.Module, params: Iterable[Tensor]) -> None:
+    @property
+    def expectations(self) -> tuple[dict[Any, int], dict[Any, int]]:
+        """A copy of what `expect` noted; set it to forget what came since."""
+        return dict(self._expected), dict(self._owners)
+
+    @expectations.setter
+    def expectations(self, value: tuple[dict[Any, int], dict[Any, int]]) -> None:
+        self._expected, self._owners = map(dict, value)
+
+    def expect(self, layer: Any, params: Iterable[Tensor]) -> None:
         """Notes one more use of a layer, and of its parameters, in forward."""
         calls = self._expected.get(layer, 0)
         if not calls:
@@ -58,7 +67,7 @@ class Record:
                 self._owners[param] = self._owners.get(param, 0) + 1
         self._expected[layer] = calls + 1
 
-    def uses(self, layer: nn.Module, use: Use) -> Sequence[Use]:
+    def uses(self, layer: Any, use: Use) -> Sequence[Use]:
         """Takes in one use of a layer.
 
         Returns:
@@ -71,7 +80,7 @@ class Record:
         uses.append(use)
         return self._uses.pop(layer) if len(uses) == expected else []
 
-    def unfinished(self) -> Iterator[tuple[nn.Module, Sequence[Use]]]:
+    def unfinished(self) -> Iterator[tuple[Any, Sequence[Use]]]:
         """The layers of which some uses came, and others did not; they are given up."""
         while self._uses:
             yield self._uses.popitem()

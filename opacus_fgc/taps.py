@@ -192,30 +192,30 @@ def tap(
     return tree_unflatten(outputs, spec)
 
 
-def untapped(loss: Tensor, params: Iterable[Tensor]) -> set[Tensor]:
-    """The parameters that a loss depends on by a way on which no tap stands.
+def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Tensor]:
+    """The parameters that something depends on by a way on which no tap stands.
 
     Their gradients would escape the norms: a weight used by another module than its own (``F.linear(x,
     embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not the child.
 
     Args:
-        loss: a tensor with its autograd graph.
+        outputs: a loss, or what a module returned; with their autograd graph.
         params: the parameters to look for.
+        inputs: where the search ends.
 
     Returns:
         Those among ``params`` that are used outside of the layers that were tapped for them.
     """
     wanted = set(params)
     found: set[Tensor] = set()
-    todo: list[Any] = [loss.grad_fn]
-    for node in _visit(todo, set()):
+    todo = [output.grad_fn for output in outputs]
+    for node in _visit(todo, {tensor.grad_fn for tensor in inputs}):
         if isinstance(node, _TAP_NODE):
             edges = [edge[0] for edge in node.next_functions]
-            outputs = 1 + len(node.pending.outputs)
-            inputs = edges[outputs:]
-            todo += inputs
+            end = 1 + len(node.pending.outputs)
+            todo += edges[end:]
             # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
-            for inner in _visit(edges[1:outputs], set(inputs)):
+            for inner in _visit(edges[1:end], set(edges[end:])):
                 if isinstance(inner, _TAP_NODE):
                     todo.append(inner)
                 elif _leaf(inner) in wanted and not node.pending.stands_for(inner.variable):
@@ -235,6 +235,14 @@ def _visit(todo: list[Any], seen: set[Any]) -> Iterator[Any]:
         if not isinstance(node, _TAP_NODE):
             todo += [edge[0] for edge in node.next_functions]
         yield node
+
+
+def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that something depends on, or is."""
+    outputs = list(outputs)
+    behind = _visit([output.grad_fn for output in outputs], set())
+    leaves = [output for output in outputs if output.is_leaf] + [_leaf(node) for node in behind]
+    return [leaf for leaf in leaves if leaf is not None]
 
 
 def _leaf(node: Any) -> Tensor | None:

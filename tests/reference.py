@@ -29,8 +29,11 @@ class Reference:
     gradients: dict[str, Tensor]
     losses: Tensor
 
+    def _with_an_axis(self) -> dict[str, Tensor]:
+        return {name: gradient.unsqueeze(-1) for name, gradient in self.gradients.items()}
+
     def norms(self) -> dict[str, Tensor]:
-        return {name: gradient.flatten(1).norm(dim=1) for name, gradient in self.gradients.items()}
+        return {name: gradient.flatten(1).norm(dim=1) for name, gradient in self._with_an_axis().items()}
 
     def total_norm(self) -> Tensor:
         return torch.stack(list(self.norms().values())).norm(dim=0)

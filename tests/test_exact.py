@@ -14,7 +14,8 @@ from opacus_fgc import (
     GradSampleModuleFastGradientClipping,
 )
 from opacus_fgc.loss import book_keeping, double_backward
-from tests.cases import CASES, Case, N
+from tests.case import Case, N
+from tests.operation_cases import CASES
 from tests.reference import Reference, reference
 
 ENTRIES = {"wrapped": GradSampleModuleFastGradientClipping, "hooks": GradSampleHooksFastGradientClipping}

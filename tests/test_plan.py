@@ -10,7 +10,8 @@ from torch import nn
 
 from opacus_fgc import GradSampleModuleFastGradientClipping
 from opacus_fgc.loss import book_keeping, double_backward
-from tests.cases import Apply, ScaleByOwn, tied_language_model
+from tests.case import Apply
+from tests.cases import ScaleByOwn, tied_language_model
 
 N = 3
 
@@ -33,10 +34,10 @@ def test_a_row_for_each_layer() -> None:
     )
     module, plan = watched(model, torch.randint(7, (N, 5)))
     rows = {row.layer: row for row in plan.rows}
-    assert set(rows) == {"embedding", "lstm.l0.ih", "lstm.l0.hh", "norm", "own", "head"}
-    assert {rows[name].sampler for name in rows if name != "own"} == {"norm sampler"}
-    assert rows["own"].sampler == "torch.func"
-    assert rows["own"].parameters == 4 + 20 and rows["head"].parameters == 10
+    assert set(rows) == {"embedding", "lstm.l0.ih", "lstm.l0.hh", "norm", "own.scale", "own.inner", "head"}
+    assert {rows[name].sampler for name in rows if name != "own.scale"} == {"norm sampler"}
+    assert rows["own.scale"].sampler == "batch axis"
+    assert rows["own.scale"].parameters == 4 and rows["head"].parameters == 10
     assert rows["lstm.l0.hh"].shapes == f"5 times {N}x4 -> {N}x16"
     assert rows["embedding"].shapes == f"{N}x5 -> {N}x5x3"
     assert rows["embedding"].type == "Embedding" and rows["embedding"].way == "sums of rows"

@@ -13,7 +13,8 @@ from opacus_fgc.convolution import Convolution
 from opacus_fgc.loss import book_keeping, double_backward
 from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, SumOverPositions, add
 from opacus_fgc.planner import NO_ROOM, Keep, Room, Way
-from tests.cases import CASES, Case, floats
+from tests.case import Case, floats
+from tests.operation_cases import CASES
 from tests.test_exact import assert_equal, expected, private
 from tests.test_shapes import OPTIONS, convolution_cases
 

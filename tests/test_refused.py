@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
@@ -16,7 +15,8 @@ from opacus_fgc.loss import Backward, double_backward
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense
 from opacus_fgc.privacy_engine import MODES
-from tests.cases import Apply, ScaleByOwn
+from tests.case import Apply
+from tests.cases import ScaleByOwn
 from tests.test_loss import wrapped
 
 N = 4
@@ -51,43 +51,41 @@ class Averaging(Mixing):
         return (x * self.weight).mean()
 
 
-class Random(Mixing):
+class Counting(Mixing):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x * self.weight, 0.5, training=True)
+        self.count += 1
+        return x * self.weight
 
 
-class Shared(Mixing):
-    """Takes a square mask that all samples share, and that looks like a batch of rows."""
+class Product(torch.autograd.Function):
+    """An operation of somebody's own, which nothing can look into."""
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return torch.einsum("st,ntd->nsd", mask, x) * self.weight
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return backprop * weight, (backprop * x).sum(0)
+
+
+class Hidden(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return Product.apply(x, self.weight)
+
+
+class Joining(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.weight[None], x])
 
 
 CASES = {
-    "functional-use-of-a-weight": (
-        lambda: Apply(lambda m, x: F.linear(m.a(x), m.a.weight), a=nn.Linear(3, 3)),
-        [torch.ones(N, 3)],
-        ValueError,
-        "depends on a.weight past the layer",
-    ),
-    "weight-of-a-child-not-called": (
-        lambda: Apply(lambda m, x: F.linear(m.b(x), m.a.weight), a=nn.Linear(3, 3), b=nn.Linear(3, 3)),
-        [torch.ones(N, 3)],
-        ValueError,
-        "depends on a.weight past the layer",
-    ),
-    "shared-input": (
-        lambda: Apply(lambda m, x: x + m.a(torch.arange(5)[None]), a=nn.Embedding(5, 3)),
-        [torch.ones(N, 5, 3)],
-        ValueError,
-        "batch of",
-    ),
-    "shared-input-among-others": (
-        lambda: Apply(lambda m, x: m.b(x) + m.a(torch.arange(5)[None]), a=nn.Embedding(5, 3), b=nn.Linear(3, 3)),
-        [torch.ones(N, 5, 3)],
-        ValueError,
-        r"layer '[ab]' \((Embedding|Linear)\): it was called on a batch of",
-    ),
     "tokens-as-batch": (
         lambda: Apply(lambda m, x: m.a(x.flatten(0, 1)).unflatten(0, (N, 5)), a=nn.Linear(3, 3)),
         [torch.ones(N, 5, 3)],
@@ -122,31 +120,49 @@ CASES = {
         lambda: Apply(lambda m, x: m.a(x), a=Mixing()),
         [torch.arange(12.0).reshape(N, 3)],
         NotImplementedError,
-        r"layer 'a' \(Mixing\).*another output",
+        "mixes samples",
     ),
     "layer-that-permutes-samples": (
         lambda: Apply(lambda m, x: m.a(x), a=Rolling()),
         [torch.arange(12.0).reshape(N, 3)],
         NotImplementedError,
-        r"layer 'a' \(Rolling\).*another output",
+        "mixes samples",
     ),
-    "layer-that-returns-a-scalar": (
+    "mean-over-the-batch": (
         lambda: Apply(lambda m, x: x + m.a(x), a=Averaging()),
+        [torch.arange(12.0).reshape(N, 3)],
+        NotImplementedError,
+        "mixes samples",
+    ),
+    "mixed-samples-and-dropout": (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(), Rolling(), nn.Dropout()),
+        [torch.arange(12.0).reshape(N, 3)],
+        NotImplementedError,
+        "mixes samples",
+    ),
+    "mixed-samples-without-parameters": (
+        lambda: Apply(lambda m, x: m.a(x - x.mean(0)), a=nn.Linear(3, 3)),
+        [torch.arange(12.0).reshape(N, 3)],
+        NotImplementedError,
+        "mixes samples",
+    ),
+    "counter-in-a-layer": (
+        Counting,
         [torch.ones(N, 3)],
         NotImplementedError,
-        r"layer 'a' \(Averaging\).*without a batch axis",
+        "changes its buffers count in forward",
     ),
-    "layer-that-draws-random-numbers": (
-        lambda: Apply(lambda m, x: m.a(x), a=Random()),
+    "parameter-hidden-from-everything": (
+        lambda: nn.Sequential(nn.Linear(3, 3), Hidden()),
         [torch.ones(N, 3)],
         NotImplementedError,
-        r"layer 'a' \(Random\).*torch.func cannot repeat it",
+        r"layer '1' \(Hidden\).*torch.func cannot repeat it",
     ),
-    "input-shared-by-samples": (
-        lambda: Apply(lambda m, x: m.a(x, torch.arange(16.0).reshape(4, 4)), a=Shared()),
-        [torch.randn(N, 4, 3)],
+    "parameter-joined-along-the-batch": (
+        lambda: Apply(lambda m, x: m.a(x)[1:], a=Joining()),
+        [torch.ones(N, 3)],
         NotImplementedError,
-        r"layer 'a' \(Shared\)",
+        r"layer 'a' \(Joining\)",
     ),
     "packed-sequences": (
         lambda: Apply(lambda m, x: m.a(pack_sequence(list(x), enforce_sorted=False))[1][0][0], a=DPLSTM(3, 2)),
@@ -218,7 +234,7 @@ def test_layer_inside_and_outside_of_a_functorch_module() -> None:
     block = ScaleByOwn()
     block.inner = shared
     with pytest.raises(NotImplementedError, match=r"layer '0.inner' \(Linear\) is a part of layer '0' \(ScaleByOwn\)"):
-        GradSampleModuleFastGradientClipping(nn.Sequential(block, shared))
+        GradSampleModuleFastGradientClipping(nn.Sequential(block, shared, ScaleByOwn()), force_functorch=True)
 
 
 def test_sampler_with_the_wrong_shape() -> None:

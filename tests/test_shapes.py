@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.cases import Case, floats, tokens
+from tests.case import Case, floats, tokens
 from tests.test_exact import MATRIX, WAYS, assert_equal, expected, private
 
 SMALL = st.integers(1, 5)

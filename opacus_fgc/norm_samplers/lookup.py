@@ -12,8 +12,10 @@ from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc.norm_samplers.functorch import Functorch
+from opacus_fgc.norm_samplers.ops import OpSampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps import Call, Interleave, Use, interleaved, tensors_in
@@ -82,25 +84,32 @@ def _dense(gradient: Tensor, shape: torch.Size) -> PerSampleGradient:
     return Dense(gradient)
 
 
-Sampler = Registered | Functorch
+class ByOperation:
+    """For modules that no table knows: what they do with their own parameters is caught; see `opacus_fgc.op_taps`."""
+
+    name = "operations"
+    covers_children = False
 
 
-def find_sampler(layer: nn.Module, force_functorch: bool = False) -> Sampler:
+Sampler = Registered | Functorch | OpSampler
+
+
+def find_sampler(layer: nn.Module) -> Sampler | ByOperation:
     """Finds what computes a layer's per-sample gradients.
 
     In this order: its type's norm sampler; the norm sampler of the nearest base class whose ``forward`` it inherits
-    unchanged; Opacus' grad sampler of its very type; functorch on the layer and all in it.
+    unchanged; Opacus' grad sampler of its very type; and for all other modules the operations on their parameters.
 
     Args:
         layer: a layer with trainable parameters of its own.
-        force_functorch: always functorch.
     """
-    if force_functorch:
-        return Functorch()
+    # Torch's attention uses the weight of this layer, and never calls it.
+    if type(layer) is NonDynamicallyQuantizableLinear:
+        return ByOperation()
     for base in type(layer).__mro__:
         if base in NORM_SAMPLERS and base.forward is type(layer).forward and "forward" not in vars(layer):
             return Registered(NORM_SAMPLERS[base], "norm sampler", _form_or_norms)
-    return find_gradient_sampler(layer)
+    return _grad_sampler(layer) or ByOperation()
 
 
 def find_gradient_sampler(layer: nn.Module) -> Sampler:
@@ -109,9 +118,12 @@ def find_gradient_sampler(layer: nn.Module) -> Sampler:
     Args:
         layer: a layer with trainable parameters of its own.
     """
-    if type(layer) in GradSampleHooks.GRAD_SAMPLERS:
-        return Registered(GradSampleHooks.GRAD_SAMPLERS[type(layer)], "grad sampler", _dense)
-    return Functorch()
+    return _grad_sampler(layer) or Functorch()
+
+
+def _grad_sampler(layer: nn.Module) -> Registered | None:
+    function = GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
+    return None if function is None else Registered(function, "grad sampler", _dense)
 
 
 def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:

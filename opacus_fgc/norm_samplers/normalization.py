@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -31,24 +30,41 @@ def _scale_and_shift(layer: nn.Module, normalized: Tensor, backprops: Tensor, ax
     return forms
 
 
-@register_norm_sampler([nn.LayerNorm, nn.RMSNorm])
-def norm_of_last_axes(layer: nn.LayerNorm | nn.RMSNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
-    """Layers that normalize the last axes of ``(N, *, *normalized_shape)``."""
+def _of_last_axes(layer: Any, normalized: Tensor, backprops: Tensor) -> Forms:
     leading = backprops.shape[1 : backprops.dim() - len(layer.normalized_shape)]
     shape = (len(backprops), math.prod(leading), *layer.normalized_shape)
-    normalize: Callable[..., Tensor] = F.layer_norm if isinstance(layer, nn.LayerNorm) else F.rms_norm
-    normalized = normalize(at_least_float32(activations[0]), layer.normalized_shape, eps=layer.eps)
     return _scale_and_shift(layer, normalized.reshape(shape), at_least_float32(backprops).reshape(shape), 1)
 
 
-@register_norm_sampler([nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
-def norm_of_channels(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
-    """Layers on ``(N, channels, *)`` with a weight for each channel; an instance norm is a group norm with a group a channel."""
-    if isinstance(layer, nn.GroupNorm):
-        groups, dims = layer.num_groups, 2
-    else:
-        groups, dims = layer.num_features, 1 + layer._get_no_batch_dim()
-    refuse_unbatched(backprops, dims)
+@register_norm_sampler(nn.LayerNorm)
+def layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """Normalizes the last axes of ``(N, *, *normalized_shape)``."""
+    normalized = F.layer_norm(at_least_float32(activations[0]), layer.normalized_shape, eps=layer.eps)
+    return _of_last_axes(layer, normalized, backprops)
+
+
+@register_norm_sampler(nn.RMSNorm)
+def rms_norm(layer: nn.RMSNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """As `layer_norm`, without centering."""
+    normalized = F.rms_norm(at_least_float32(activations[0]), layer.normalized_shape, eps=layer.eps)
+    return _of_last_axes(layer, normalized, backprops)
+
+
+def _of_channels(layer: Any, activations: list[Tensor], backprops: Tensor, groups: int) -> Forms:
     normalized = F.group_norm(at_least_float32(activations[0]), groups, eps=layer.eps)
     shape = (*backprops.shape[:2], math.prod(backprops.shape[2:]))
     return _scale_and_shift(layer, normalized.reshape(shape), at_least_float32(backprops).reshape(shape), 2)
+
+
+@register_norm_sampler(nn.GroupNorm)
+def group_norm(layer: nn.GroupNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """Normalizes groups of the channels of ``(N, channels, *)``; one weight a channel."""
+    refuse_unbatched(backprops, 2)
+    return _of_channels(layer, activations, backprops, layer.num_groups)
+
+
+@register_norm_sampler([nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
+def instance_norm(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """A group norm with a group for each channel."""
+    refuse_unbatched(backprops, 1 + layer._get_no_batch_dim())
+    return _of_channels(layer, activations, backprops, layer.num_features)

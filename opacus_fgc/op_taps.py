@@ -1,0 +1,248 @@
+"""Taps on single operations, for parameters that belong to no layer: class tokens, position parameters, own norm layers.
+
+While a module with such parameters runs its forward, operations on them are caught. What is computed from parameters and
+constants alone is shared by the whole batch, and left as it is. Where something shared meets the data it gets a batch axis,
+one row a sample, so that autograd itself delivers the per-sample gradients; operations whose gradients have a better form
+(linear maps, lookups, convolutions) are tapped as the layers are that do the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from opacus_fgc.attention import multi_head_attention
+from opacus_fgc.norm_samplers.functorch import norms_by_sample
+from opacus_fgc.norm_samplers.ops import BATCH_AXIS, REPEATED, Op, OpSampler, sampler_of
+
+# Operations are known by name, since each goes by several functions (torch.add, Tensor.add, Tensor.__radd__).
+_POINTWISE = frozenset(
+    f"{before}{name}{after}"
+    for name in ("add", "sub", "mul", "div", "truediv", "pow")
+    for before, after in (("", ""), ("", "_"), ("__", "__"), ("__r", "__"), ("__i", "__"))
+) | {
+    *("addcdiv", "addcmul", "atan2", "copysign", "divide", "fmax", "fmin", "hypot", "lerp", "logaddexp", "maximum"),
+    *("minimum", "multiply", "rsub", "subtract", "true_divide", "where", "xlogy"),
+}
+_JOINING = frozenset(("cat", "concat", "concatenate", "stack"))
+_EXPANDING = frozenset(("broadcast_to", "expand", "expand_as", "repeat", "tile"))
+# The second tensor is but a pattern for dtype, device or shape.
+_LIKE = frozenset(("to", "type_as", "view_as", "reshape_as"))
+_RANGES = frozenset(("arange", "linspace"))
+
+
+class NotCaughtError(Exception):
+    """An operation on a parameter that cannot be tapped; its module is then served as a whole."""
+
+
+TapOp = Callable[[Tensor, Op, OpSampler, tuple[Any, ...], dict[str, Any], int], Tensor]
+"""Taps the output of an operation: called with the output, the `Op`, its sampler, arguments, and the batch axis."""
+
+
+class OpTaps(TorchFunctionMode):
+    """Active from the outermost `enter` to its `leave`.
+
+    Args:
+        params: the parameters whose operations are caught.
+        others: what else is no data: the other parameters of the model, and its buffers.
+        tap_op: taps the output of an operation.
+        batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
+    """
+
+    def __init__(self, params: Iterable[Tensor], others: Iterable[Tensor], tap_op: TapOp, batch_first: bool) -> None:
+        super().__init__()
+        self.params = frozenset(params)
+        self._others = frozenset(others)
+        self._tap_op = tap_op
+        self._batch_first = batch_first
+        self._batch_sizes: list[int | None] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward runs of which operations are caught."""
+        return bool(self._batch_sizes)
+
+    def enter(self, batch_size: int | None) -> None:
+        """Begins a forward.
+
+        Args:
+            batch_size: number of samples, None if it is not known.
+        """
+        self._batch_sizes.append(batch_size)
+        self.__enter__()
+
+    def leave(self) -> None:
+        """Ends it, if it began."""
+        if self.active:
+            self._batch_sizes.clear()
+            self.__exit__(None, None, None)
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether a tensor is known to be computed from parameters and constants alone."""
+        # Whatever is written into a tensor, also through a view of it, changes its version.
+        marked = getattr(tensor, "_shared_version", None)
+        return (marked is not None and marked == tensor._version) or tensor in self.params or tensor in self._others
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs an operation, and taps it if something shared meets the data in it."""
+        kwargs = kwargs or {}
+        tensors = list(_tensors(args, kwargs))
+        shared = [tensor for tensor in tensors if self.is_shared(tensor)]
+        if not shared:
+            output = func(*args, **kwargs)
+            return self._mark(output) if func.__name__ in _RANGES else output
+        try:
+            if func.__name__ in _EXPANDING:
+                return self._expand(func, args, kwargs)
+            if len(shared) == len(tensors) or (func.__name__ in _LIKE and self.is_shared(args[0])):
+                output = func(*args, **kwargs)
+                # What a layer computes from nothing but its own parameters stays between it and its tap.
+                own = all(tensor.requires_grad and tensor in self._others for tensor in shared)
+                return output if own else self._mark(output)
+            caught = any(map(self._is_caught, shared)) and func.__name__ not in _LIKE
+            return self._meet(func, args, kwargs) if caught else func(*args, **kwargs)
+        except NotCaughtError:
+            return func(*args, **kwargs)
+
+    def _is_caught(self, tensor: Any) -> bool:
+        """Whether a tensor is shared, and its gradient has to come by sample."""
+        # Parameters with a layer of their own are caught by the layer's tap, unless the layer's output is shared itself.
+        caught = isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled()
+        return caught and tensor not in self._others and self.is_shared(tensor)
+
+    def _meet(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = func.__name__
+        if func is F.multi_head_attention_forward:
+            return self._attention(args, kwargs)
+        if name in _POINTWISE:
+            return self._pointwise(func, args, kwargs)
+        if name in _JOINING:
+            return self._join(func, args, kwargs)
+        if name == "__setitem__":
+            return self._set(func, *args)
+        return self._general(func, args, kwargs)
+
+    def _axis(self, dims: int) -> int:
+        return 0 if self._batch_first or dims < 3 else 1
+
+    def _mark(self, output: Any) -> Any:
+        for tensor in _tensors((output,), {}):
+            tensor._shared_version = tensor._version  # type: ignore[attr-defined]
+        return output
+
+    def _expanded(self, shared: Tensor, size: int, dims: int, axis: int) -> Tensor:
+        """One row a sample of something shared; constants need no tap."""
+        aligned = shared[(None,) * (dims - shared.dim())]
+        if aligned.dim() <= axis or aligned.shape[axis] != 1:
+            raise NotCaughtError
+        rows = aligned.expand(*aligned.shape[:axis], size, *aligned.shape[axis + 1 :])
+        if not self._is_caught(shared):
+            return rows
+        return self._tap_op(rows, Op(torch.Tensor.expand, {0: shared}), BATCH_AXIS, (), {}, axis)
+
+    def _replaced(self, tree: Any, size: int, dims: int, axis: int) -> Any:
+        """Arguments in which everything that is caught has a batch axis."""
+
+        def replace(tensor: Tensor) -> Tensor:
+            return self._expanded(tensor, size, dims, axis) if self._is_caught(tensor) else tensor
+
+        return tree_map_only(Tensor, replace, tree)
+
+    def _pointwise(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensors = list(_tensors(args, kwargs))
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors))
+        dims, axis = len(shape), self._axis(len(shape))
+        in_place = func.__name__.endswith("_") and not func.__name__.startswith("__r")
+        if dims <= axis or (in_place and self.is_shared(args[0])):
+            raise NotCaughtError
+        if not any(_size(tensor, axis - dims) == shape[axis] for tensor in tensors if not self.is_shared(tensor)):
+            raise NotCaughtError
+        args, kwargs = self._replaced((args, kwargs), shape[axis], dims, axis)
+        return func(*args, **kwargs)
+
+    def _join(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        data = next(tensor for tensor in _tensors(args, kwargs) if not self.is_shared(tensor))
+        dims, axis = data.dim(), self._axis(data.dim())
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        if func.__name__ != "stack" and dim % dims == axis:
+            raise NotCaughtError
+        args, kwargs = self._replaced((args, kwargs), data.shape[axis], dims, axis)
+        return func(*args, **kwargs)
+
+    def _set(self, func: Callable, target: Tensor, index: Any, value: Tensor) -> Any:
+        axis = self._axis(target.dim())
+        index = index if isinstance(index, tuple) else (index,)
+        # Only where the axes up to the batch are taken whole is it sure which axis is the batch's.
+        if self.is_shared(target) or any(not isinstance(i, slice) or i != slice(None) for i in index[: axis + 1]):
+            raise NotCaughtError
+        with torch.no_grad():
+            dims = target[index].dim()
+        return func(target, index, self._expanded(value, target.shape[axis], dims, axis))
+
+    def _expand(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Where the batch axis is the model's own doing: ``token.expand(len(x), -1, -1)``."""
+        tensor, *sizes = args
+        if not self.is_shared(tensor) or (tensor.requires_grad and tensor in self._others):
+            return func(*args, **kwargs)
+        pattern = sizes[0] if sizes else next(iter(kwargs.values()))
+        if not isinstance(pattern, int):
+            sizes = list(pattern.shape if isinstance(pattern, Tensor) else pattern)
+        size, dims, axis = self._batch_sizes[-1], len(sizes), self._axis(len(sizes))
+        plain = size is None or size == 1 or dims <= axis or sizes[axis] != size
+        if plain or _size(tensor, axis - dims) not in (None, 1):
+            return self._mark(func(*args, **kwargs))
+        assert size is not None
+        sizes[axis] = 1
+        copies = func.__name__ in ("repeat", "tile")
+        once = self._mark(tensor.repeat(*sizes) if copies else tensor.expand(*sizes))
+        rows = self._expanded(once, size, dims, axis)
+        # A copy may be written into.
+        return rows.clone() if copies else rows
+
+    def _general(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = func(*args, **kwargs)
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return output
+        leaves, spec = tree_flatten((args, kwargs))
+        shared = {place: leaf for place, leaf in enumerate(leaves) if self._is_caught(leaf)}
+        axis = self._axis(output.dim())
+        if output.dim() <= axis or any(output is leaf for leaf in leaves):
+            return output
+        sampler = sampler_of(func, args, kwargs, {id(leaf) for leaf in shared.values()})
+        norms = norms_by_sample([output], axis) if sampler is REPEATED else None
+        args, kwargs = tree_unflatten([None if place in shared else leaf for place, leaf in enumerate(leaves)], spec)
+        return self._tap_op(output, Op(func, shared, norms), sampler, args, kwargs, axis)
+
+    def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        query = args[0]
+        if query.dim() != 3:
+            raise NotCaughtError
+        batch_first, self._batch_first = self._batch_first, True
+        self._batch_sizes.append(query.shape[1])
+        try:
+            with self:
+                return multi_head_attention(*args, **kwargs)
+        finally:
+            self._batch_sizes.pop()
+            self._batch_first = batch_first
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from (item for item in value if isinstance(item, Tensor))
+
+
+def _size(tensor: Tensor, axis: int) -> int | None:
+    """The size of an axis that is counted from the last, None if there is none."""
+    return tensor.shape[axis] if tensor.dim() >= -axis else None

@@ -1,0 +1,339 @@
+"""The forward side of a wrapped model: which modules get a tap, and how what they are called on comes to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
+from opacus.layers.dp_rnn import DPRNNBase
+from opacus.utils.module_utils import has_trainable_params, trainable_parameters
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from opacus_fgc.checks import describe, refuse_overlap, refuse_packed_sequences
+from opacus_fgc.independence import check_independence
+from opacus_fgc.norm_samplers.functorch import Functorch
+from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
+from opacus_fgc.norm_samplers.ops import Op, OpSampler
+from opacus_fgc.op_taps import OpTaps
+from opacus_fgc.record import Record
+from opacus_fgc.taps import Call, Receiver, leaves_of, tap, tensors_in, untapped
+
+
+@dataclass(frozen=True, eq=False)
+class Tapped:
+    """A layer, or an operation, with a tap.
+
+    Attributes:
+        path: the layer's name in the model.
+        name: what to call it in errors.
+        type: what to call its type.
+        sampler: what computes its per-sample gradients.
+        params: the parameters that the sampler answers for, by name.
+        receive: what its taps hand their backprops to.
+    """
+
+    path: str
+    name: str
+    type: str
+    sampler: Sampler
+    params: Mapping[str, Any]
+    receive: Receiver
+
+
+class TappedModel(OpacusHooks):
+    """Hooks that tap what a model does with its trainable parameters.
+
+    Layers with a norm sampler are tapped as a whole. In all other modules the operations on their parameters are; see `OpTaps`.
+    In the first forward of all it shows whether something escapes that: a parameter that is used past its layer, or in a way
+    that cannot be caught. Then its module is tapped in another way, and the forward is repeated.
+    """
+
+    batch_first: bool
+    hooks_enabled: bool
+    loss_reduction: str
+    record: Record | None = None
+
+    def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules that are tapped: all with trainable parameters of their own, but for those inside a functorch layer."""
+        seen, todo = set(), [module]
+        while todo:
+            layer = todo.pop()
+            if layer in seen:
+                continue
+            seen.add(layer)
+            # Opacus' recurrent layers show their cells' parameters as their own.
+            if has_trainable_params(layer) and not isinstance(layer, DPRNNBase):
+                yield layer
+                if self._sampler(layer).covers_children:
+                    continue
+            todo.extend(layer.children())
+
+    def _sampler(self, layer: nn.Module) -> Sampler | ByOperation:
+        return Functorch() if self.force_functorch else self._overruled.get(layer) or find_sampler(layer)
+
+    def _prepare(self, model: nn.Module, force_functorch: bool) -> None:
+        """Sets what `add_hooks` needs; raises if the model cannot be tapped."""
+        self.force_functorch = force_functorch
+        self._overruled: dict[nn.Module, Sampler | ByOperation] = {}
+        self._operations: dict[Any, Tapped] = {}
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._outermost: nn.Module | None = None
+        self._verified = False
+        self._independent = False
+        self._agree(model)
+
+    def _agree(self, model: nn.Module) -> None:
+        """Has all layers of a parameter tapped in ways that do not see each other's uses."""
+        before = None
+        while before != len(self._overruled):
+            before = len(self._overruled)
+            layers = list(self.iterate_submodules(model))
+            by_operation = _params_of(layer for layer in layers if isinstance(self._sampler(layer), ByOperation))
+            as_a_whole = _params_of(layer for layer in layers if isinstance(self._sampler(layer), Functorch))
+            for layer in layers:
+                own, sampler = _params_of([layer]), self._sampler(layer)
+                if isinstance(sampler, ByOperation) and own & as_a_whole:
+                    self._overruled[layer] = Functorch()
+                elif isinstance(sampler, Registered) and own & by_operation and not own & as_a_whole:
+                    self._overruled[layer] = ByOperation()
+        refuse_overlap(model, set(layers), {layer for layer in layers if self._sampler(layer).covers_children})
+
+    def add_hooks(
+        self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
+    ) -> None:
+        """Puts the hooks on the model; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
+        handles: list[Any] = []
+        self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = handles
+        self._layers: dict[nn.Module, Tapped] = {}
+        paths = {layer: path for path, layer in self._module.named_modules()}
+        entrances: set[nn.Module] = {self._module}
+        watched: set[Tensor] = set()
+        for layer in self.iterate_submodules(self._module):
+            sampler = self._sampler(layer)
+            params = dict(layer.named_parameters(recurse=sampler.covers_children))
+            if isinstance(sampler, ByOperation):
+                entrances.add(layer)
+                watched.update(param for param in params.values() if param.requires_grad)
+                continue
+            name = describe(paths[layer], layer)
+            receive = partial(self._receive, layer)
+            self._layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
+        for module in entrances:
+            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, prepend=True, with_kwargs=True, always_call=True))
+        for layer in self._layers:
+            # First of all hooks, so that the tap sees what the layer itself returned.
+            handles.append(layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True))
+        others = {*self._module.parameters(), *self._module.buffers()} - watched
+        self._ops = OpTaps(watched, others, self._tap_operation, self.batch_first)
+        for path, module in self._module.named_modules():
+            if isinstance(module, DPRNNBase):
+                handles.append(module.register_forward_pre_hook(partial(refuse_packed_sequences, path)))
+        for _, param in trainable_parameters(self._module):
+            handles.append(param.register_hook(partial(self._collect_second_pass, param)))
+        self.enable_hooks()
+
+    def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
+        raise NotImplementedError
+
+    # Forward
+
+    @staticmethod
+    def _recomputing() -> bool:
+        # A forward that runs inside of a backward is activation checkpointing at work: a second look at the same use, which
+        # has to save what the first one saved, whichever pass it is.
+        return torch._C._current_graph_task_id() != -1
+
+    def _tapping(self) -> bool:
+        # Under torch.func it is a sampler that repeats a forward.
+        sampling = torch._C._functorch.peek_interpreter_stack() is not None
+        return torch.is_grad_enabled() and not sampling and (self.hooks_enabled or self._recomputing())
+
+    def _open_record(self) -> Record:
+        """The record of the step whose forward runs; a new one if backward has been there."""
+        if self.record is None or self.record.receiving:
+            self.record = Record(self.loss_reduction)
+            self._second_pass: dict[Any, Tensor] | None = None
+            for param in self.trainable_parameters:
+                param._norm_sample = None
+        return self.record
+
+    @contextmanager
+    def hooks_off(self) -> Iterator[None]:
+        """A context in which taps do nothing."""
+        enabled = self.hooks_enabled
+        self.hooks_enabled = False
+        try:
+            yield
+        finally:
+            self.hooks_enabled = enabled
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model, and of modules whose operations are caught; the outermost of them counts."""
+        if module is self._module:
+            # After an interrupt nobody has come to `_leave`.
+            self._ops.leave()
+            self._outermost = None
+        if self._outermost is not None or not self._tapping():
+            return
+        self._outermost = module
+        record = self._open_record() if self.record is None or not self._recomputing() else self.record
+        if not self._recomputing():
+            record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
+            self._before = record.expectations
+        if not self._independent and module is self._module:
+            self._check_independence(args, kwargs)
+        if not self._verified or self._operations:
+            self._ops.enter(record.batch_size_seen)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the same, called also when the forward failed."""
+        if self._outermost is not module:
+            return output
+        try:
+            self._ops.leave()
+            # Of a forward that failed there is no output.
+            if self._verified or self._recomputing() or output is None:
+                return output
+            while self._catch_escaped((args, kwargs), output):
+                output = self._repeated(module, args, kwargs)
+            self._verified = module is self._module
+            return output
+        finally:
+            self._outermost = None
+
+    def _check_independence(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In the first forward of all with two samples or more."""
+        size = self.record.batch_size_seen if self.record is not None else None
+        if size is not None and size > 1:
+            with self.hooks_off():
+                check_independence("", self._module, (args, kwargs), size, 0 if self.batch_first else 1)
+            self._independent = True
+
+    def _repeated(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of a module once more, with other taps."""
+        assert self.record is not None
+        self.record.expectations = self._before
+        self._ops.enter(self.record.batch_size_seen)
+        try:
+            output = module.forward(*args, **kwargs)
+        finally:
+            self._ops.leave()
+        if module in self._layers:
+            output = self.capture_activations_hook(module, args, kwargs, output)
+        return output
+
+    def _catch_escaped(self, inputs: Any, output: Any) -> bool:
+        """Whether something escaped the taps, so that its module had to be tapped in another way."""
+        outputs = [tensor for tensor in tensors_in(output) if not self._ops.is_shared(tensor)]
+        escaped = untapped(outputs, self.trainable_parameters, tensors_in(inputs))
+        changed = False
+        for layer in list(self.iterate_submodules(self._module)) if escaped else []:
+            if escaped.intersection(layer.parameters(recurse=False)):
+                sampler = self._sampler(layer)
+                if not isinstance(sampler, Functorch):
+                    self._overruled[layer] = Functorch() if isinstance(sampler, ByOperation) else ByOperation()
+                    changed = True
+        if changed:
+            self._agree(self._module)
+            self.remove_hooks()
+            self.add_hooks()
+        return changed
+
+    def capture_activations_hook(
+        self, module: nn.Module, forward_input: tuple[Any, ...], forward_kwargs: dict[str, Any], forward_output: Any
+    ) -> Any:
+        """Forward hook of each layer: returns its output with a tap on it.
+
+        Args:
+            module: the layer.
+            forward_input: its positional arguments.
+            forward_kwargs: its keyword arguments.
+            forward_output: what it returned.
+        """
+        if not self._tapping():
+            return forward_output
+        # What comes of parameters and constants alone is caught where it meets the data.
+        if self._ops.active and any(map(self._ops.is_shared, tensors_in(forward_output))):
+            return forward_output
+        layer = self._layers[module]
+        axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
+        inside = self.record is not None and (self._outermost is not None or self._recomputing())
+        size = self.record.batch_size_seen if self.record is not None and inside else None
+        if size is not None and _has_one_row(forward_output, axis) and size != 1:
+            # An input that the batch shares, such as position ids: the layer has to see it once a sample.
+            forward_input, forward_kwargs = _expanded((forward_input, forward_kwargs), size, axis)
+            forward_output = module.forward(*forward_input, **forward_kwargs)
+        return self._tap(
+            module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
+        )
+
+    def _tap_operation(
+        self, output: Tensor, op: Op, sampler: OpSampler, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
+    ) -> Tensor:
+        params = leaves_of(op.shared.values())
+        key = (op.function.__name__, sampler.name, *map(id, params))
+        if key not in self._operations:
+            names = {param: name for name, param in self._module.named_parameters()}
+            path, function = ", ".join(names[param] for param in params), op.function.__name__
+            own = {names[param]: param for param in params}
+            receive = partial(self._receive, key)
+            self._operations[key] = Tapped(
+                path, f"operation '{function}' on {path}", f"({function})", sampler, own, receive
+            )
+        return self._tap(key, self._operations[key], output, (args, kwargs), axis, lambda outputs, axis: op)
+
+    def _tap(
+        self,
+        key: Any,
+        layer: Tapped,
+        output: Any,
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        axis: int,
+        fingerprint: Callable[[list[Tensor], int], Any],
+    ) -> Any:
+        params = [param for param in layer.params.values() if param.requires_grad]
+        if not params:
+            return output
+        if not self._recomputing():
+            self._open_record().expect(key, params)
+        try:
+            return tap(output, *inputs, self._anchor, params, layer.receive, axis, fingerprint)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{layer.name}: {error}") from error
+
+    def _tapped(self, key: Any) -> Tapped:
+        return self._layers[key] if isinstance(key, nn.Module) else self._operations[key]
+
+
+def _params_of(layers: Iterable[nn.Module]) -> set[Tensor]:
+    return {param for layer in layers for param in layer.parameters(recurse=False) if param.requires_grad}
+
+
+def _batch_size(inputs: Any, batch_first: bool) -> int | None:
+    """The number of samples that a model is called on, None if it does not show; inputs of one row may be shared."""
+    # Of (T, N) and (N, features) nobody can tell which it is.
+    axis, least = (0, 1) if batch_first else (1, 3)
+    sizes = [tensor.shape[axis] for tensor in tensors_in(inputs) if tensor.dim() >= least]
+    return next((size for size in sizes if size != 1), 1) if sizes else None
+
+
+def _has_one_row(output: Any, axis: int) -> bool:
+    return isinstance(output, Tensor) and output.dim() > axis and output.shape[axis] == 1
+
+
+def _expanded(inputs: Any, size: int, axis: int) -> Any:
+    def expand(tensor: Tensor) -> Tensor:
+        one = tensor.dim() > axis and tensor.shape[axis] == 1
+        return tensor.expand(*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]) if one else tensor
+
+    return tree_map_only(Tensor, expand, inputs)

@@ -1,0 +1,335 @@
+"""The cases of parameters that belong to no layer, of inputs that the batch shares, and of modules that use both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.case import Apply, Case, classes, floats, tokens
+from tests.cases import LAYERS, OfTimeFirst, ScaleByOwn
+
+
+class Own(nn.Module):
+    """A module with parameters of its own, children, and a function of them and the inputs.
+
+    Args:
+        function: called with the module and the inputs.
+        shapes: of the parameters, by name.
+        children: by name.
+    """
+
+    def __init__(self, function: Callable, shapes: dict[str, tuple[int, ...]], **children: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+        for name, child in children.items():
+            self.add_module(name, child)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self, *inputs)
+
+
+class HandWrittenRMSNorm(nn.Module):
+    """As language models have it."""
+
+    def __init__(self, features: int, one_plus: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(features))
+        self.one_plus = one_plus
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x * (1.0 + self.weight) if self.one_plus else self.weight * x
+
+
+class Block(nn.Module):
+    """Of a vision transformer, with LayerScale and a table of relative positions."""
+
+    def __init__(self, positions: int, features: int = 4, heads: int = 2) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.qkv = nn.Linear(features, 3 * features)
+        self.gamma = nn.Parameter(torch.randn(features))
+        self.table = nn.Parameter(torch.randn(2 * positions - 1, heads))
+        distance = torch.arange(positions)[:, None] - torch.arange(positions)
+        self.register_buffer("index", distance + positions - 1)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, -1))
+        bias = self.table[self.index.view(-1)].view(*self.index.shape, -1).permute(2, 0, 1).contiguous()
+        attention = (q @ k.mT + bias.unsqueeze(0)).softmax(-1)
+        return x + self.gamma * (attention @ v).transpose(1, 2).flatten(2)
+
+
+def vision_transformer(checkpointing: bool = False) -> nn.Module:
+    def forward(m: Own, x: Tensor) -> Tensor:
+        patches = m.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([m.token.expand(len(x), -1, -1), patches], dim=1) + m.positions
+        x = checkpoint(m.block, x, use_reentrant=False) if checkpointing else m.block(x)
+        return m.head(m.norm(x)[:, 0])
+
+    shapes = {"token": (1, 1, 4), "positions": (1, 5, 4)}
+    return Own(
+        forward,
+        shapes,
+        patches=nn.Conv2d(1, 4, 2, stride=2),
+        block=Block(5),
+        norm=HandWrittenRMSNorm(4),
+        head=nn.Linear(4, 3),
+    )
+
+
+def attention(self_attention: bool = True, call: dict[str, Any] | None = None, **options: Any) -> nn.Module:
+    options = {"embed_dim": 4, "num_heads": 2, "batch_first": True} | options
+
+    def forward(m: Apply, x: Tensor, y: Tensor | None = None) -> Tensor:
+        key = x if self_attention else y
+        output, weights = m.a(x, key, key if "vdim" not in options else key[..., : options["vdim"]], **(call or {}))
+        return output if weights is None else output.flatten(1).sum(1) + weights.flatten(1).square().sum(1)
+
+    return Apply(forward, a=nn.MultiheadAttention(**options))
+
+
+def attention_cases() -> list[Case]:
+    mask = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    padding = torch.tensor([[False, False, True]])
+    x, y = floats(3, 4), floats(5, 4)
+    rows: dict[str, Callable[[], nn.Module]] = {
+        "self": lambda: attention(),
+        "no-weights": lambda: attention(call={"need_weights": False}),
+        "weights-of-heads": lambda: attention(call={"average_attn_weights": False}),
+        "causal": lambda: attention(call={"attn_mask": mask, "is_causal": True, "need_weights": False}),
+        "float-mask": lambda: attention(call={"attn_mask": torch.randn(3, 3)}),
+        "extra-keys": lambda: attention(call={"attn_mask": mask}, add_bias_kv=True, add_zero_attn=True),
+        "no-bias": lambda: attention(bias=False),
+    }
+    other: dict[str, Callable[[], nn.Module]] = {
+        "cross": lambda: attention(False),
+        "cross-kdim": lambda: attention(False, kdim=4, vdim=2),
+    }
+    return [
+        *(Case(f"attention-{name}", make, [x], functorch=False) for name, make in rows.items()),
+        *(Case(f"attention-{name}", make, [x, y], functorch=False) for name, make in other.items()),
+        Case(
+            "attention-padded",
+            lambda: Apply(
+                lambda m, x: m.a(x, x, x, key_padding_mask=padding.expand(len(x), -1))[0],
+                a=nn.MultiheadAttention(4, 2, batch_first=True),
+            ),
+            [x],
+            functorch=False,
+        ),
+        Case(
+            "attention-time-first",
+            lambda: Apply(lambda m, x: m.a(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1), a=nn.MultiheadAttention(4, 2)),
+            [x],
+            functorch=False,
+        ),
+        Case(
+            "transformer-encoder",
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), 2),
+            [x],
+            functorch=False,
+        ),
+        Case(
+            "transformer-decoder",
+            lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 8, 0.0, batch_first=True), 1),
+            [x, y],
+            functorch=False,
+        ),
+    ]
+
+
+def repeated_token(m: Own, x: Tensor) -> Tensor:
+    return m.a(torch.cat((x, m.p.repeat(x.shape[0], 1, 1)), 1))
+
+
+def written_token(m: Own, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h[:, 0] = m.p
+    h[:, 1:] += m.q
+    return h
+
+
+def masked(m: Own, x: Tensor) -> Tensor:
+    return m.a(torch.where(x[..., :1] > 0, m.p, x) * m.q.exp()[None])
+
+
+def position_ids(m: Apply, x: Tensor) -> Tensor:
+    return m.head(m.tokens(x) + m.positions(torch.arange(x.shape[1])))
+
+
+def row_of_position_ids(m: Apply, x: Tensor, ids: Tensor) -> Tensor:
+    return m.head(m.tokens(x) + m.positions(ids[:1]))
+
+
+def relative_positions(m: Apply, x: Tensor) -> Tensor:
+    positions = torch.arange(x.shape[1])
+    bias = m.table((positions[:, None] - positions).abs()).permute(2, 0, 1).unsqueeze(0)
+    q = m.q(x).unflatten(2, (2, -1)).transpose(1, 2)
+    return ((q @ q.mT + bias).softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+
+def network_of_positions(m: Apply, x: Tensor) -> Tensor:
+    distances = torch.linspace(-1, 1, x.shape[1])[None, :, None]
+    return m.head(x + F.relu(m.a(distances)).view(-1, 4))
+
+
+def prompt(m: Own, x: Tensor) -> Tensor:
+    prompt = m.project(m.p).unsqueeze(0).expand(x.shape[0], -1, -1)
+    return m.head(torch.cat([prompt, x], 1))
+
+
+def functional_layers(m: Own, x: Tensor) -> Tensor:
+    h = F.conv2d(x, m.kernel, m.shift, stride=2, padding=1)
+    h = F.group_norm(h, 2, m.scale, m.shift)
+    h = F.layer_norm(h.flatten(2), (4,), m.a, m.b)
+    h = F.linear(h, m.weight, m.b) @ m.matrix
+    return torch.matmul(h, m.matrix.T)
+
+
+def adapted(m: Own, x: Tensor) -> Tensor:
+    return F.linear(x, m.base.weight + m.up @ m.down, m.base.bias)
+
+
+def two_uses(m: Own, x: Tensor) -> Tensor:
+    return m.p * m.a(x + m.p) + m.a(m.p * x)
+
+
+def conditional(m: Own, x: Tensor, y: Tensor) -> Tensor:
+    return m.a(x + F.embedding(y, m.table)) + m.table[y]
+
+
+OPERATIONS = [
+    Case("vit", vision_transformer, [floats(1, 4, 4)], tokens(3), classes, functorch=False),
+    Case("vit-checkpointed", lambda: vision_transformer(True), [floats(1, 4, 4)], tokens(3), classes, functorch=False),
+    Case("rms-norm-by-hand", lambda: HandWrittenRMSNorm(4), [floats(3, 4)]),
+    Case("rms-norm-by-hand-1+", lambda: nn.Sequential(nn.Linear(4, 4), HandWrittenRMSNorm(4, True)), [floats(3, 4)]),
+    Case("own-repeat", lambda: Own(repeated_token, {"p": (1, 1, 4)}, a=nn.Linear(4, 4)), [floats(3, 4)]),
+    Case(
+        "own-written",
+        lambda: Own(written_token, {"p": (4,), "q": (2, 4)}, a=nn.Linear(4, 4)),
+        [floats(3, 4)],
+        functorch=False,
+    ),
+    Case("own-where", lambda: Own(masked, {"p": (4,), "q": (3, 4)}, a=nn.Linear(4, 4)), [floats(3, 4)]),
+    Case(
+        "own-in-place",
+        lambda: Own(lambda m, x: m.a(x).mul_(m.p).add_(m.q), {"p": (4,), "q": (1, 4)}, a=nn.Linear(4, 4)),
+        [floats(3, 4)],
+    ),
+    Case("own-two-uses", lambda: Own(two_uses, {"p": (4,)}, a=nn.Linear(4, 4)), [floats(3, 4)]),
+    Case(
+        "own-scalar",
+        lambda: Own(lambda m, x: m.a(x) * m.p + m.q / x, {"p": (), "q": (1,)}, a=nn.Linear(4, 4)),
+        [floats(4)],
+    ),
+    Case(
+        "own-einsum", lambda: Own(lambda m, x: torch.einsum("ntd,dhk->nhtk", x, m.p), {"p": (4, 2, 3)}), [floats(3, 4)]
+    ),
+    Case(
+        "own-mixed-positions", lambda: Own(lambda m, x: m.p @ m.a(x), {"p": (3, 3)}, a=nn.Linear(4, 2)), [floats(3, 4)]
+    ),
+    Case("own-addmm", lambda: Own(lambda m, x: torch.addmm(m.b, x, m.w), {"w": (4, 3), "b": (3,)}), [floats(4)]),
+    Case(
+        "own-functional-layers",
+        lambda: Own(
+            functional_layers,
+            {
+                "kernel": (4, 2, 3, 3),
+                "shift": (4,),
+                "scale": (4,),
+                "a": (4,),
+                "b": (4,),
+                "weight": (4, 4),
+                "matrix": (4, 3),
+            },
+        ),
+        [floats(2, 4, 4)],
+        functorch=False,
+    ),
+    Case("own-conditional", lambda: Own(conditional, {"table": (7, 4)}, a=nn.Linear(4, 4)), [floats(4), tokens(7)]),
+    Case("own-adapter", lambda: Own(adapted, {"up": (4, 2), "down": (2, 3)}, base=nn.Linear(3, 4)), [floats(5, 3)]),
+    Case(
+        "own-prompt",
+        lambda: Own(prompt, {"p": (2, 4)}, project=nn.Linear(4, 4), head=nn.Linear(4, 2)),
+        [floats(3, 4)],
+        functorch=False,
+    ),
+    Case("own-unused", lambda: Own(lambda m, x: m.a(x), {"p": (4,)}, a=nn.Linear(4, 4)), [floats(4)]),
+    Case(
+        "own-only-in-a-scale",
+        lambda: Own(lambda m, x: m.a(x) * m.p.softmax(0).sum(), {"p": (4,)}, a=nn.Linear(4, 4)),
+        [floats(4)],
+    ),
+    Case(
+        "own-time-first",
+        lambda: Own(lambda m, x: m.a(x) * m.p + m.q, {"p": (4,), "q": (3, 1, 4)}, a=nn.Linear(4, 4)),
+        [floats(3, 4)],
+        tokens(4, 3),
+        lambda reduction: OfTimeFirst(classes(reduction)),
+        batch_first=False,
+        functorch=False,
+    ),
+    Case(
+        "functional-head",
+        lambda: Apply(lambda m, x: F.linear(m.a(x), m.a.weight), a=nn.Linear(3, 3)),
+        [floats(3)],
+        functorch=False,
+    ),
+    Case(
+        "functional-tied-head",
+        lambda: Apply(lambda m, x: F.linear(m.b(m.a(x)), m.a.weight), a=nn.Embedding(7, 3), b=nn.Linear(3, 3)),
+        [tokens(7, 4)],
+        functorch=False,
+    ),
+    Case(
+        "child-that-is-not-called",
+        lambda: Apply(lambda m, x: F.linear(m.b(x), m.a.weight), a=nn.Linear(3, 3), b=nn.Linear(3, 3)),
+        [floats(3)],
+        functorch=False,
+    ),
+    Case("part-of-two", lambda: (lambda a: nn.Sequential(ScaleByOwn(), a, nn.Tanh(), a))(nn.Linear(4, 4)), [floats(4)]),
+    Case(
+        "shared-mask",
+        lambda: Own(lambda m, x: torch.einsum("st,ntd->nsd", torch.arange(25.0).view(5, 5), x) * m.p, {"p": (4,)}),
+        [floats(5, 4)],
+    ),
+    *(
+        Case(
+            f"position-ids-{name}",
+            lambda function=function: Apply(
+                function, tokens=nn.Embedding(7, 4), positions=nn.Embedding(9, 4), head=nn.Linear(4, 2)
+            ),
+            inputs,
+            functorch=False,
+        )
+        for name, function, inputs in (
+            ("made", position_ids, [tokens(7, 3)]),
+            ("made-as-many-as-samples", position_ids, [tokens(7, 5)]),
+        )
+    ),
+    Case(
+        "relative-positions",
+        lambda: Apply(relative_positions, table=nn.Embedding(5, 2), q=nn.Linear(4, 4)),
+        [floats(5, 4)],
+        functorch=False,
+    ),
+    Case(
+        "network-of-positions",
+        lambda: Apply(network_of_positions, a=nn.Linear(1, 4), head=nn.Linear(4, 2)),
+        [floats(5, 4)],
+        functorch=False,
+    ),
+    *attention_cases(),
+]
+
+CASES = LAYERS + OPERATIONS
+"""All cases."""
