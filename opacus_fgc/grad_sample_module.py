@@ -163,6 +163,16 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
         return Dense(form.materialize()) if materialize else form
 
+    @contextmanager
+    def hooks_off(self) -> Iterator[None]:
+        """A context in which taps do nothing."""
+        enabled = self.hooks_enabled
+        self.hooks_enabled = False
+        try:
+            yield
+        finally:
+            self.hooks_enabled = enabled
+
     def get_norm_sample(self) -> Tensor:
         """The norm of each sample's gradient over all trainable parameters, after the first backward.
 

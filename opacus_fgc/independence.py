@@ -1,92 +1,147 @@
-"""Whether a model computes each sample's output from that sample alone, without which no sample has a gradient of its own."""
+"""Whether a model computes what it computes for each sample from that sample alone.
+
+Without that no sample has a gradient of its own. And the rows that a layer works on have to be samples, or to follow each other
+sample by sample, or its taps would count other rows as samples.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from opacus_fgc.checks import describe
 from opacus_fgc.taps import tensors_in
 
 
-def check_independence(name: str, model: nn.Module, inputs: Any, batch_size: int, axis: int) -> None:
-    """Runs two samples of a batch together and each by itself, and compares what comes out.
+class Seen(NamedTuple):
+    """A tensor that a forward came by.
 
-    A forward that draws random numbers is run in eval mode; nothing can be said of one that does so there as well, or that fails
-    on a batch of one. Random states and buffers are as before afterwards.
+    Attributes:
+        where: what to call the place; "" for what the model returned.
+        value: the tensor.
+        axis: the axis that counts samples.
+    """
+
+    where: str
+    value: Tensor
+    axis: int
+
+
+def some_samples(inputs: Any, batch_size: int, start: int, length: int, axis: int) -> Any:
+    """Some of the samples of a batch, in any nesting; what has no axis of ``batch_size`` is left as it is."""
+
+    def narrow(tensor: Tensor) -> Tensor:
+        counts = tensor.dim() > axis and tensor.shape[axis] == batch_size
+        return tensor.narrow(axis, start, length) if counts else tensor
+
+    return tree_map_only(Tensor, narrow, inputs)
+
+
+def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[int, int], list[Seen]]) -> bool:
+    """Runs two samples of a batch together and each by itself, and compares all that is seen on the way.
+
+    A forward that draws random numbers is run in eval mode. Random states and buffers are as before afterwards.
 
     Args:
-        name: the model's name, for the error.
-        model: the model, whose ``forward`` is called.
-        inputs: its positional and its keyword arguments, with ``batch_size`` samples.
-        batch_size: number of samples, 2 or more.
-        axis: the axis of inputs and outputs that counts them.
+        name: what to call the model in errors.
+        model: the model.
+        inputs: what it is called with.
+        run: runs the forward on samples from one (first argument) on, so many (second).
+
+    Returns:
+        Whether it could be compared. It cannot if the forward draws random numbers in eval mode too, fails on a batch of one,
+        or does other things then.
 
     Raises:
-        NotImplementedError: if a sample's output depends on the other sample, or a buffer changed.
+        NotImplementedError: if something of a sample depends on the other, or rows are not samples, or a buffer changed.
     """
     buffers = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     devices = {tensor.device for tensor in tensors_in(inputs) if tensor.device.type == "cuda"}
-
-    def run(start: int, length: int) -> list[Tensor]:
-        def some(tensor: Tensor) -> Tensor:
-            counts = tensor.dim() > axis and tensor.shape[axis] == batch_size
-            return tensor.narrow(axis, start, length) if counts else tensor
-
-        args, kwargs = tree_map_only(Tensor, some, inputs)
-        return [tensor.detach().double() for tensor in tensors_in(model.forward(*args, **kwargs))]
-
+    runs: list[list[Seen]] = []
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            outputs = _repeatable(model, lambda: run(0, 2))
-            alone = [run(0, 1), run(1, 1)] if outputs else []
+        with torch.random.fork_rng(devices):
+            together = _repeatable(model, lambda: run(0, 2))
+            if together:
+                runs = [together, run(0, 1), run(1, 1)]
     except Exception:
-        # What this model cannot do on such batches will show, if it matters, where it runs on its own.
-        return
+        # What the model cannot do on such batches shows, if it matters, where it runs on its own.
+        return False
     finally:
         changed = [path for path, (buffer, before) in buffers.items() if not torch.equal(buffer, before)]
-        for buffer, before in buffers.values():
-            buffer.copy_(before)
+        with torch.no_grad():
+            for path in changed:
+                buffer, before = buffers[path]
+                buffer.copy_(before)
         for module, training in modes.items():
             module.training = training
-    for sample, single in enumerate(alone):
-        for together, one in zip(outputs, single, strict=False):
-            if not _same(together, one, sample, axis):
-                raise NotImplementedError(
-                    f"{describe(name, model)} gives a sample another output in a batch than by itself, so it mixes samples, and "
-                    "no sample has a gradient of its own. Take out what goes across the batch: batch norms, means over it"
-                )
+    _refuse_state(name, model, changed)
+    if not runs or len({tuple(seen.where for seen in one) for one in runs}) > 1:
+        return False
+    compared = [_compared(name, *seen) for seen in zip(*runs, strict=True)]
+    return all(compared)
+
+
+def _refuse_state(name: str, model: nn.Module, changed: list[str]) -> None:
     trainable = {path.rpartition(".")[0] for path, param in model.named_parameters() if param.requires_grad}
     state = [path for path in changed if path.rpartition(".")[0] in trainable]
     if state:
         raise NotImplementedError(
-            f"{describe(name, model)} changes its buffers {', '.join(state)} in forward, which may carry one sample's data to "
-            "another's output. Replace the layer, or freeze its parameters"
+            f"{name} changes its buffers {', '.join(state)} in forward, which may carry one sample's data to another's output. "
+            "Replace the layer, or freeze its parameters"
         )
 
 
-def _repeatable(model: nn.Module, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """Outputs without random numbers in them; nothing if there is no way to them."""
-    for mode in (None, False):
-        if mode is not None:
-            model.train(mode)
+def _repeatable(model: nn.Module, run: Callable[[], list[Seen]]) -> list[Seen]:
+    """What is seen without random numbers in it; nothing if there is no way to that."""
+    for train in (True, False):
+        if not train:
+            model.eval()
         first, second = run(), run()
-        if all(torch.equal(a, b) for a, b in zip(first, second, strict=False)):
+        if len(first) == len(second) and all(
+            a.value.shape == b.value.shape and torch.equal(a.value, b.value) for a, b in zip(first, second, strict=True)
+        ):
             return first
     return []
 
 
-def _same(together: Tensor, one: Tensor, sample: int, axis: int) -> bool:
-    """Whether a sample's rows agree, where they can be compared."""
-    if together.dim() <= axis or together.shape[axis] != 2:
-        return True
-    row = together.narrow(axis, sample, 1)
-    if row.shape != one.shape:
-        return True
-    scale = row[row.isfinite()].abs().max().item() if row.isfinite().any() else 0.0
-    return torch.allclose(row, one, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+def _compared(name: str, together: Seen, first: Seen, second: Seen) -> bool:
+    """Whether what two samples gave together could be compared with what each gave by itself."""
+    where, both, axis = together
+    alone = first.value, second.value
+    if both.dim() <= axis or any(value.dim() != both.dim() for value in alone):
+        return False
+    if where and all(value.shape[axis] == both.shape[axis] for value in alone):
+        raise NotImplementedError(
+            f"{where}: its rows are not samples, since there are as many for two samples as for one. Check batch_first, and call "
+            "layers on tensors that have one row a sample"
+        )
+    if both.shape[axis] != sum(value.shape[axis] for value in alone):
+        return False
+    joined = torch.cat(alone, axis) if all(_others(value, axis) == _others(both, axis) for value in alone) else None
+    if joined is None:
+        return False
+    if not _close(both, joined):
+        raise NotImplementedError(
+            f"{where or name} gives a sample another value in a batch than by itself, so it mixes samples (by a batch norm, or a "
+            "mean or a shift over the batch), or its rows are not in the order of the samples. Then no sample has a gradient of "
+            "its own"
+        )
+    return True
+
+
+def _others(value: Tensor, axis: int) -> list[int]:
+    return [size for other, size in enumerate(value.shape) if other != axis]
+
+
+def _close(both: Tensor, joined: Tensor) -> bool:
+    if not both.is_floating_point():
+        return torch.equal(both, joined)
+    tolerance = max(1e-3, torch.finfo(both.dtype).eps ** 0.5)
+    both, joined = both.double(), joined.double()
+    finite = both[both.isfinite()]
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    return torch.allclose(both, joined, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

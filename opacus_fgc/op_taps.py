@@ -45,6 +45,9 @@ TapOp = Callable[[Tensor, Op, OpSampler, tuple[Any, ...], dict[str, Any], int], 
 """Taps the output of an operation: called with the output, the `Op`, its sampler, arguments, and the batch axis."""
 
 
+Observe = Callable[[str, Tensor, int], None]
+
+
 class OpTaps(TorchFunctionMode):
     """Active from the outermost `enter` to its `leave`.
 
@@ -52,14 +55,18 @@ class OpTaps(TorchFunctionMode):
         params: the parameters whose operations are caught.
         others: what else is no data: the other parameters of the model, and its buffers.
         tap_op: taps the output of an operation.
+        observe: told of the name, the output and the batch axis of each operation in which something met the data.
         batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
     """
 
-    def __init__(self, params: Iterable[Tensor], others: Iterable[Tensor], tap_op: TapOp, batch_first: bool) -> None:
+    def __init__(
+        self, params: Iterable[Tensor], others: Iterable[Tensor], tap_op: TapOp, observe: Observe, batch_first: bool
+    ) -> None:
         super().__init__()
         self.params = frozenset(params)
         self._others = frozenset(others)
         self._tap_op = tap_op
+        self._observe = observe
         self._batch_first = batch_first
         self._batch_sizes: list[int | None] = []
 
@@ -108,7 +115,14 @@ class OpTaps(TorchFunctionMode):
                 own = all(tensor.requires_grad and tensor in self._others for tensor in shared)
                 return output if own else self._mark(output)
             caught = any(map(self._is_caught, shared)) and func.__name__ not in _LIKE
-            return self._meet(func, args, kwargs) if caught else func(*args, **kwargs)
+            if not caught:
+                return func(*args, **kwargs)
+            if func is F.multi_head_attention_forward:
+                return self._attention(args, kwargs)
+            output = self._meet(func, args, kwargs)
+            for tensor in _tensors((args[0] if output is None else output,), {}):
+                self._observe(func.__name__, tensor, self._axis(tensor.dim()))
+            return output
         except NotCaughtError:
             return func(*args, **kwargs)
 
@@ -120,8 +134,6 @@ class OpTaps(TorchFunctionMode):
 
     def _meet(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = func.__name__
-        if func is F.multi_head_attention_forward:
-            return self._attention(args, kwargs)
         if name in _POINTWISE:
             return self._pointwise(func, args, kwargs)
         if name in _JOINING:

@@ -27,6 +27,7 @@ class Record:
         budget: what may be kept for `weighted_sums`.
         batch_size: number of samples, None before the first backprop.
         batch_size_seen: number of samples that the model was called on, None where it does not show.
+        rows_known: whether all layers are known to have their rows in the order of the samples.
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
     """
@@ -36,6 +37,7 @@ class Record:
         self.budget = Budget()
         self.batch_size: int | None = None
         self.batch_size_seen: int | None = None
+        self.rows_known = False
         self.interleave = Interleave()
         self.unkept: list[Any] = []
         self._expected: dict[Any, int] = {}
@@ -104,6 +106,7 @@ class Record:
         held += sum(param.numel() for param in forms)
         room = self.budget.room(held, len(uses), spared=not self.unkept)
         for param, form in forms.items():
+            form = self._by_sample(form)
             if self.batch_size is None:
                 self.batch_size = form.batch_size
             if form.batch_size != self.batch_size:
@@ -126,6 +129,14 @@ class Record:
             if len(received) == owners:
                 complete[param] = self._measure(param, per_sample.add(self._forms.pop(param)), room)
         return complete
+
+    def _by_sample(self, form: PerSampleGradient) -> PerSampleGradient:
+        """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
+        size = self.batch_size_seen
+        # All rows of a batch of one are that one's, in whatever order.
+        if not size or not (self.rows_known or size == 1) or form.batch_size <= size or form.batch_size % size:
+            return form
+        return form.folded(form.batch_size // size)
 
     def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
         """The norms of the per-sample gradients of these parameters; 0 for a parameter that the loss does not use.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.checks import describe, refuse_overlap, refuse_packed_sequences
-from opacus_fgc.independence import check_independence
+from opacus_fgc.independence import Seen, check_independence, some_samples
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
@@ -85,7 +84,8 @@ class TappedModel(OpacusHooks):
         self._anchor = torch.zeros((), requires_grad=True)
         self._outermost: nn.Module | None = None
         self._verified = False
-        self._independent = False
+        self._rows_known: bool | None = None
+        self._seen: list[Seen] | None = None
         self._agree(model)
 
     def _agree(self, model: nn.Module) -> None:
@@ -131,7 +131,7 @@ class TappedModel(OpacusHooks):
             # First of all hooks, so that the tap sees what the layer itself returned.
             handles.append(layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True))
         others = {*self._module.parameters(), *self._module.buffers()} - watched
-        self._ops = OpTaps(watched, others, self._tap_operation, self.batch_first)
+        self._ops = OpTaps(watched, others, self._tap_operation, self._observe, self.batch_first)
         for path, module in self._module.named_modules():
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(partial(refuse_packed_sequences, path)))
@@ -167,16 +167,6 @@ class TappedModel(OpacusHooks):
                 param._norm_sample = None
         return self.record
 
-    @contextmanager
-    def hooks_off(self) -> Iterator[None]:
-        """A context in which taps do nothing."""
-        enabled = self.hooks_enabled
-        self.hooks_enabled = False
-        try:
-            yield
-        finally:
-            self.hooks_enabled = enabled
-
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model, and of modules whose operations are caught; the outermost of them counts."""
         if module is self._module:
@@ -190,8 +180,6 @@ class TappedModel(OpacusHooks):
         if not self._recomputing():
             record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
             self._before = record.expectations
-        if not self._independent and module is self._module:
-            self._check_independence(args, kwargs)
         if not self._verified or self._operations:
             self._ops.enter(record.batch_size_seen)
 
@@ -202,22 +190,36 @@ class TappedModel(OpacusHooks):
         try:
             self._ops.leave()
             # Of a forward that failed there is no output.
-            if self._verified or self._recomputing() or output is None:
+            if self._recomputing() or output is None or self.record is None:
                 return output
-            while self._catch_escaped((args, kwargs), output):
+            while not self._verified and self._catch_escaped((args, kwargs), output):
                 output = self._repeated(module, args, kwargs)
-            self._verified = module is self._module
+            if module is self._module:
+                self._verified = True
+                self._check_rows(self.record, (args, kwargs))
             return output
         finally:
             self._outermost = None
 
-    def _check_independence(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In the first forward of all with two samples or more."""
-        size = self.record.batch_size_seen if self.record is not None else None
-        if size is not None and size > 1:
-            with self.hooks_off():
-                check_independence("", self._module, (args, kwargs), size, 0 if self.batch_first else 1)
-            self._independent = True
+    def _check_rows(self, record: Record, inputs: Any) -> None:
+        """Checks in the first forward with two samples or more whether all rows are those of samples; see `independence`."""
+        size, axis = record.batch_size_seen, 0 if self.batch_first else 1
+        if self._rows_known is None and size is not None and size > 1:
+
+            def run(start: int, length: int) -> list[Seen]:
+                args, kwargs = some_samples(inputs, size, start, length, axis)
+                self._seen, record.batch_size_seen = [], length
+                if self._operations:
+                    self._ops.enter(length)
+                try:
+                    outputs = tensors_in(self._module.forward(*args, **kwargs))
+                finally:
+                    self._ops.leave()
+                    seen, self._seen, record.batch_size_seen = self._seen, None, size
+                return seen + [Seen("", output.detach(), axis) for output in outputs]
+
+            self._rows_known = check_independence(describe("", self._module), self._module, inputs, run)
+        record.rows_known = bool(self._rows_known)
 
     def _repeated(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of a module once more, with other taps."""
@@ -292,6 +294,10 @@ class TappedModel(OpacusHooks):
             )
         return self._tap(key, self._operations[key], output, (args, kwargs), axis, lambda outputs, axis: op)
 
+    def _observe(self, name: str, output: Tensor, axis: int) -> None:
+        if self._seen is not None:
+            self._seen.append(Seen(f"operation '{name}'", output.detach(), axis))
+
     def _tap(
         self,
         key: Any,
@@ -303,6 +309,9 @@ class TappedModel(OpacusHooks):
     ) -> Any:
         params = [param for param in layer.params.values() if param.requires_grad]
         if not params:
+            return output
+        if self._seen is not None:
+            self._seen += [Seen(layer.name, value.detach(), axis) for value in tensors_in(output)[:1]]
             return output
         if not self._recomputing():
             self._open_record().expect(key, params)

@@ -50,7 +50,7 @@ class Case:
     target: Callable[[int], Tensor] | None = None
     loss: Callable[[str], nn.Module] = squares
     batch_first: bool = True
-    covers: list[type[nn.Module]] = field(default_factory=list)
+    covers: list[type[nn.Module] | str] = field(default_factory=list)
     functorch: bool = True
     empty: bool = True
 

@@ -88,6 +88,21 @@ def norm_only_block(layer: NormOnlyBlock, activations: list[Tensor], backprops: 
     return {layer.factor: (inner * backprops).norm(dim=1)}
 
 
+class Conv1D(nn.Module):
+    """As that of transformers, by whose name it goes."""
+
+    def __init__(self, features: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, features))
+        self.bias = nn.Parameter(torch.randn(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], len(self.bias))
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
 def relu_in_place(m: Apply, x: Tensor) -> Tensor:
     h = m.a(x)
     h += x
@@ -357,6 +372,7 @@ LAYERS = [
         ),
         [floats(3, 4)],
     ),
+    Case("hf-conv1d", lambda: Conv1D(4, 3), [floats(6, 3)], covers=["transformers.pytorch_utils.Conv1D"]),
     *conv_cases(),
 ]
 

@@ -255,6 +255,26 @@ OPERATIONS = [
         [floats(2, 4, 4)],
         functorch=False,
     ),
+    Case(
+        "tokens-made-one-with-the-batch",
+        lambda: Own(
+            lambda m, x: m.b(m.a(x.flatten(0, 1)).mul(m.p).relu()).unflatten(0, (-1, 3)),
+            {"p": (4,)},
+            a=nn.Linear(3, 4),
+            b=nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)),
+        ),
+        [floats(3, 3)],
+        functorch=False,
+    ),
+    Case(
+        "frames-made-one-with-the-batch",
+        lambda: Apply(
+            lambda m, x: m.b(m.a(x.flatten(0, 1)).flatten(1)).unflatten(0, (-1, 2)),
+            a=nn.Conv2d(1, 2, 3),
+            b=nn.Linear(8, 3),
+        ),
+        [floats(2, 1, 4, 4)],
+    ),
     Case("own-conditional", lambda: Own(conditional, {"table": (7, 4)}, a=nn.Linear(4, 4)), [floats(4), tokens(7)]),
     Case("own-adapter", lambda: Own(adapted, {"up": (4, 2), "down": (2, 3)}, base=nn.Linear(3, 4)), [floats(5, 3)]),
     Case(

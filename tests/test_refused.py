@@ -92,17 +92,31 @@ CASES = {
         ValueError,
         "the layers saw a batch of 20",
     ),
+    "time-first-as-batch-first": (
+        lambda: Apply(lambda m, x: m.a(x.transpose(0, 1)).transpose(0, 1), a=nn.Linear(3, 3)),
+        [torch.arange(48.0).reshape(N, N, 3)],
+        NotImplementedError,
+        r"layer 'a' \(Linear\): its rows are not samples",
+    ),
+    "tokens-in-another-order": (
+        lambda: Apply(
+            lambda m, x: m.a(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (2, -1)).transpose(0, 1), a=nn.Linear(3, 3)
+        ),
+        [torch.arange(24.0).reshape(N, 2, 3)],
+        NotImplementedError,
+        r"layer 'a' \(Linear\) gives a sample another value",
+    ),
     "no-batch": (
         lambda: Apply(lambda m, x: m.a(x[0]) + x, a=nn.Linear(3, 3)),
         [torch.ones(N, 3)],
-        ValueError,
-        r"layer 'a' \(Linear\): it was called without a batch axis",
+        NotImplementedError,
+        r"layer 'a' \(Linear\): its rows are not samples",
     ),
     "convolution-without-batch": (
         lambda: Apply(lambda m, x: m.a(x[0]).expand(N, -1, -1, -1), a=nn.Conv2d(N, 3, 3)),
         [torch.ones(N, N, 5, 5)],
-        ValueError,
-        r"layer 'a' \(Conv2d\): it was called without a batch axis",
+        NotImplementedError,
+        r"layer 'a' \(Conv2d\): its rows are not samples",
     ),
     "embedding-by-frequency": (
         lambda: nn.Embedding(5, 3, scale_grad_by_freq=True),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
@@ -22,9 +23,25 @@ def as_positions(tensor: Tensor) -> Tensor:
 def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Forms:
     """``y = x W^T + b`` on the last axis of ``(N, in)`` or ``(N, *, in)``."""
     left = as_positions(backprops)
-    forms: Forms = {}
+    forms = _bias(layer, left)
     if layer.weight.requires_grad:
         forms[layer.weight] = Outer(left, as_positions(activations[0]).to(left.dtype), layer.weight.shape)
-    if layer.bias is not None and layer.bias.requires_grad:
-        forms[layer.bias] = Dense(backprops if backprops.dim() == 2 else at_least_float32(left).sum((1, 2)))
     return forms
+
+
+@register_norm_sampler("transformers.pytorch_utils.Conv1D")
+def matrix(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """``y = x W + b``, likewise: the linear layer of GPT-2 in Hugging Face's transformers."""
+    right = as_positions(backprops)
+    forms = _bias(layer, right)
+    if layer.weight.requires_grad:
+        forms[layer.weight] = Outer(as_positions(activations[0]).to(right.dtype), right, layer.weight.shape)
+    return forms
+
+
+def _bias(layer: Any, backprops: Tensor) -> Forms:
+    if layer.bias is None or not layer.bias.requires_grad:
+        return {}
+    return {
+        layer.bias: Dense(backprops[:, 0, 0] if backprops.shape[2] == 1 else at_least_float32(backprops).sum((1, 2)))
+    }

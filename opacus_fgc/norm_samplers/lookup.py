@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.ops import OpSampler
-from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
+from opacus_fgc.norm_samplers.registry import Forms, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps import Call, Interleave, Use, interleaved, tensors_in
 
@@ -107,8 +107,9 @@ def find_sampler(layer: nn.Module) -> Sampler | ByOperation:
     if type(layer) is NonDynamicallyQuantizableLinear:
         return ByOperation()
     for base in type(layer).__mro__:
-        if base in NORM_SAMPLERS and base.forward is type(layer).forward and "forward" not in vars(layer):
-            return Registered(NORM_SAMPLERS[base], "norm sampler", _form_or_norms)
+        function = norm_sampler_of(base)
+        if function and getattr(base, "forward", None) is type(layer).forward and "forward" not in vars(layer):
+            return Registered(function, "norm sampler", _form_or_norms)
     return _grad_sampler(layer) or ByOperation()
 
 

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from opacus_fgc.norm_samplers.conv import convolution
 from opacus_fgc.norm_samplers.embedding import embedding
 from opacus_fgc.norm_samplers.functorch import gradients_by_sample
-from opacus_fgc.norm_samplers.linear import as_positions, linear
+from opacus_fgc.norm_samplers.linear import linear, matrix
 from opacus_fgc.norm_samplers.normalization import group_norm, layer_norm, rms_norm
 from opacus_fgc.norm_samplers.registry import Forms
-from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, add
+from opacus_fgc.per_sample import Dense, PerSampleGradient, add
 from opacus_fgc.taps import Call, Interleave, Use, leaves_of
 
 
@@ -128,12 +128,11 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> StandI
 
 
 def _matmul(input: Tensor, other: Tensor) -> StandIn:
-    return _matrix, SimpleNamespace(weight=other), input
+    return matrix, SimpleNamespace(weight=other, bias=None), input
 
 
-def _matrix(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
-    left = as_positions(activations[0])
-    return {layer.weight: Outer(left, as_positions(backprops).to(left.dtype), layer.weight.shape)}
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor) -> StandIn:
+    return matrix, SimpleNamespace(weight=mat2, bias=input), mat1
 
 
 def _embedding(
@@ -198,6 +197,7 @@ def _group_norm(input: Tensor, num_groups: int, weight: Any = None, bias: Any = 
 
 _STAND_INS: dict[str, Callable[..., StandIn]] = {
     "linear": _linear,
+    "addmm": _addmm,
     "matmul": _matmul,
     "__matmul__": _matmul,
     "embedding": _embedding,
@@ -237,7 +237,9 @@ def sampler_of(
     stand_in = _STAND_INS.get(function.__name__)
     if stand_in is None:
         return REPEATED
-    _, layer, activations = stand_in(*args, **kwargs)
-    if id(activations) in shared or (stand_in is _matmul and layer.weight.dim() != 2):
+    try:
+        sampler, layer, activations = stand_in(*args, **kwargs)
+    except TypeError:  # an option that no layer has
         return REPEATED
-    return AS_LAYER
+    matrices = sampler is not matrix or (layer.weight.dim() == 2 and (layer.bias is None or layer.bias.dim() == 1))
+    return AS_LAYER if matrices and id(activations) not in shared else REPEATED

@@ -14,12 +14,17 @@ Forms = dict[Any, PerSampleGradient]
 
 NormSampler = Callable[[Any, list[Tensor], Tensor], Mapping[Any, "PerSampleGradient | Tensor"]]
 
-NORM_SAMPLERS: dict[type[nn.Module], NormSampler] = {}
+NORM_SAMPLERS: dict[type[nn.Module] | str, NormSampler] = {}
 """``{layer type: norm sampler}``. Opacus' ``GRAD_SAMPLERS`` serves the layers that are not in it."""
 
 
+def norm_sampler_of(layer_type: type) -> NormSampler | None:
+    """The norm sampler registered for just this type, by itself or by its name."""
+    return NORM_SAMPLERS.get(layer_type) or NORM_SAMPLERS.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
+
+
 def register_norm_sampler(
-    target_class_or_classes: type[nn.Module] | Sequence[type[nn.Module]],
+    target_class_or_classes: type[nn.Module] | str | Sequence[type[nn.Module] | str],
 ) -> Callable[[NormSampler], NormSampler]:
     """Registers the decorated function as the norm sampler of one or several types of layers.
 
@@ -31,14 +36,16 @@ def register_norm_sampler(
     It serves the types themselves and those subclasses that inherit their ``forward`` unchanged.
 
     Args:
-        target_class_or_classes: a type of layer, or a sequence of them.
+        target_class_or_classes: a type of layer, or a sequence of them; a type by its full name,
+            ``"package.module.Layer"``, need not be imported for it.
 
     Example:
         >>> @register_norm_sampler(Scale)
         ... def scale(layer, activations, backprops):
         ...     return {layer.factor: Dense((activations[0] * backprops).flatten(1, -2).sum(1))}
     """
-    targets = target_class_or_classes if isinstance(target_class_or_classes, Sequence) else [target_class_or_classes]
+    targets = target_class_or_classes
+    targets = [targets] if isinstance(targets, (type, str)) else targets
 
     def decorator(sampler: NormSampler) -> NormSampler:
         NORM_SAMPLERS.update(dict.fromkeys(targets, sampler))
