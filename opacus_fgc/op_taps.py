@@ -57,10 +57,17 @@ class OpTaps(TorchFunctionMode):
         tap_op: taps the output of an operation.
         observe: told of the name, the output and the batch axis of each operation in which something met the data.
         batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
+        compiled: whether parts of the model are compiled, in which no operation shows; they are run as they are while active.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], others: Iterable[Tensor], tap_op: TapOp, observe: Observe, batch_first: bool
+        self,
+        params: Iterable[Tensor],
+        others: Iterable[Tensor],
+        tap_op: TapOp,
+        observe: Observe,
+        batch_first: bool,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.params = frozenset(params)
@@ -68,6 +75,8 @@ class OpTaps(TorchFunctionMode):
         self._tap_op = tap_op
         self._observe = observe
         self._batch_first = batch_first
+        self._compiled = compiled
+        self._stance: Any = None
         self._batch_sizes: list[int | None] = []
 
     @property
@@ -82,6 +91,9 @@ class OpTaps(TorchFunctionMode):
             batch_size: number of samples, None if it is not known.
         """
         self._batch_sizes.append(batch_size)
+        if self._compiled:
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
         self.__enter__()
 
     def leave(self) -> None:
@@ -89,6 +101,8 @@ class OpTaps(TorchFunctionMode):
         if self.active:
             self._batch_sizes.clear()
             self.__exit__(None, None, None)
+            if self._compiled:
+                self._stance.__exit__(None, None, None)
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether a tensor is known to be computed from parameters and constants alone."""

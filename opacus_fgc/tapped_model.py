@@ -88,6 +88,11 @@ class TappedModel(OpacusHooks):
         self._seen: list[Seen] | None = None
         self._agree(model)
 
+    def _is_compiled(self) -> bool:
+        return any(
+            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self._module.modules()
+        )
+
     def _agree(self, model: nn.Module) -> None:
         """Has all layers of a parameter tapped in ways that do not see each other's uses."""
         before = None
@@ -109,6 +114,12 @@ class TappedModel(OpacusHooks):
     ) -> None:
         """Puts the hooks on the model; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
         handles: list[Any] = []
+        # Within a compiled module hooks are not to be traced, since they note what happens in each forward.
+        compiled = self._is_compiled()
+        plain: Callable[[Any], Any] = torch.compiler.disable if compiled else lambda hook: hook
+        if compiled:
+            # What torch asks for where a graph is to go through backward twice.
+            torch._functorch.config.donated_buffer = False
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = handles
         self._layers: dict[nn.Module, Tapped] = {}
         paths = {layer: path for path, layer in self._module.named_modules()}
@@ -125,13 +136,17 @@ class TappedModel(OpacusHooks):
             receive = partial(self._receive, layer)
             self._layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
         for module in entrances:
-            handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(self._leave, prepend=True, with_kwargs=True, always_call=True))
+            handles.append(module.register_forward_pre_hook(plain(self._enter), prepend=True, with_kwargs=True))
+            handles.append(
+                module.register_forward_hook(plain(self._leave), prepend=True, with_kwargs=True, always_call=True)
+            )
         for layer in self._layers:
             # First of all hooks, so that the tap sees what the layer itself returned.
-            handles.append(layer.register_forward_hook(self.capture_activations_hook, prepend=True, with_kwargs=True))
+            handles.append(
+                layer.register_forward_hook(plain(self.capture_activations_hook), prepend=True, with_kwargs=True)
+            )
         others = {*self._module.parameters(), *self._module.buffers()} - watched
-        self._ops = OpTaps(watched, others, self._tap_operation, self._observe, self.batch_first)
+        self._ops = OpTaps(watched, others, self._tap_operation, self._observe, self.batch_first, compiled)
         for path, module in self._module.named_modules():
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(partial(refuse_packed_sequences, path)))
