@@ -1,5 +1,6 @@
 """Differentially private training with the memory of ordinary training: fast ghost clipping for Opacus."""
 
+from opacus_fgc.criterion import CausalLMLoss
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "NORM_SAMPLERS",
+    "CausalLMLoss",
     "DPLossFastGradientClipping",
     "DPOptimizerFastGradientClipping",
     "DPTensorFastGradientClipping",

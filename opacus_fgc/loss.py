@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping as OpacusLoss
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping as OpacusTensor
 from torch import Tensor
 
 from opacus_fgc.checks import check_loss_reduction
+from opacus_fgc.criterion import check_criterion, loss_per_sample
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.planner import MEMORY, Keep
@@ -145,8 +144,8 @@ class DPLossFastGradientClipping(OpacusLoss):
     Args:
         module: the wrapped model, or the hooks on it.
         optimizer: the private optimizer; it is attached to the module.
-        criterion: a criterion with a ``reduction`` (any of ``torch.nn``'s), a function that takes ``reduction=`` (any of
-            ``torch.nn.functional``'s), or a callable that returns unreduced losses, batch first.
+        criterion: a criterion with a ``reduction`` (any of ``torch.nn``'s), a function (any of ``torch.nn.functional``'s), or any
+            callable, batch first.
         loss_reduction: how the losses within a sample are reduced, "mean" or "sum", as the criterion's own ``reduction``
             says. It has to be the same on the module and the optimizer.
         backward: how the clipped sum is computed.
@@ -186,67 +185,12 @@ class DPLossFastGradientClipping(OpacusLoss):
             **kwargs: what the criterion takes by keyword.
 
         Returns:
-            One loss a sample. With reduction "mean" positions whose target is the criterion's ``ignore_index`` do not
-            count.
+            One loss a sample: what the criterion gives for that sample alone. See `criterion.loss_per_sample`.
 
         Raises:
-            ValueError: if the criterion's result has no value for each sample.
+            ValueError: if the criterion cannot be evaluated by sample.
         """
-        losses = self._unreduced(*args, **kwargs)
-        if not isinstance(losses, Tensor) or losses.dim() == 0:
-            raise ValueError(
-                "the criterion returned one value for the whole batch. It has to give each sample its own loss: use a "
-                "criterion with a `reduction` attribute or argument, or return unreduced losses of shape (N,)"
-            )
-        counted = self._counted(losses, args, kwargs)
-        if shape is not None:
-            losses, counted = losses.reshape(shape[0], shape[1]), counted.reshape(shape[0], shape[1])
+        losses = loss_per_sample(self.criterion, self.loss_reduction, args, kwargs, shape)
         return DPTensorFastGradientClipping(
-            self.module, self.optimizer, self._per_sample(losses, counted), self.loss_reduction, self.clipped_backward
-        )
-
-    def _unreduced(self, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self.criterion, "reduction"):
-            if takes_reduction(self.criterion):
-                kwargs["reduction"] = "none"
-            return self.criterion(*args, **kwargs)
-        reduction = self.criterion.reduction
-        self.criterion.reduction = "none"
-        try:
-            return self.criterion(*args, **kwargs)
-        finally:
-            self.criterion.reduction = reduction
-
-    def _counted(self, losses: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Which of the losses count in a mean: those whose target is not to be ignored."""
-        ignore_index = getattr(self.criterion, "ignore_index", None)
-        target = kwargs.get("target", args[1] if len(args) > 1 else None)
-        if ignore_index is None or not isinstance(target, Tensor) or target.shape != losses.shape:
-            return torch.ones_like(losses, dtype=torch.bool)
-        return target != ignore_index
-
-    def _per_sample(self, losses: Tensor, counted: Tensor) -> Tensor:
-        if losses.dim() == 1:
-            return losses
-        sums = losses.flatten(1).sum(1)
-        return sums if self.loss_reduction == "sum" else sums / counted.flatten(1).sum(1).clamp(min=1)
-
-
-def takes_reduction(criterion: Callable[..., Any]) -> bool:
-    """Whether a criterion without a ``reduction`` attribute has an argument of that name."""
-    try:
-        return "reduction" in inspect.signature(criterion).parameters
-    except (TypeError, ValueError):
-        return False
-
-
-def check_criterion(criterion: object, loss_reduction: str) -> None:
-    """Raises a ValueError if no private loss can be made of a criterion."""
-    check_loss_reduction(loss_reduction)
-    if not callable(criterion):
-        raise ValueError(f"the criterion is {criterion!r}, which cannot be called")
-    reduction = getattr(criterion, "reduction", loss_reduction)
-    if reduction != loss_reduction:
-        raise ValueError(
-            f"the criterion's reduction is {reduction!r}, loss_reduction {loss_reduction!r}; give both the same"
+            self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward
         )

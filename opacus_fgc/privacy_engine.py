@@ -20,11 +20,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from opacus_fgc.checks import check_loss_reduction, describe
 from opacus_fgc.clipping import check_max_grad_norm
+from opacus_fgc.criterion import check_criterion
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
 )
-from opacus_fgc.loss import DPLossFastGradientClipping, book_keeping, check_criterion, double_backward
+from opacus_fgc.loss import DPLossFastGradientClipping, book_keeping, double_backward
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier
 
 MODES = {"ghost": double_backward, "ghost_bk": book_keeping}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClippi
 from torch import Tensor, nn
 
 from opacus_fgc import (
+    CausalLMLoss,
     DPLossFastGradientClipping,
     DPOptimizerFastGradientClipping,
     DPTensorFastGradientClipping,
@@ -78,6 +81,14 @@ LOSSES: dict[str, tuple[Callable, int, Callable[[], Tensor]]] = {
     "multi-label": (nn.MultiLabelSoftMarginLoss, D, lambda: torch.randint(2, (N, D)).double()),
     "soft-margin": (nn.SoftMarginLoss, D, lambda: torch.randint(2, (N, D)) * 2.0 - 1),
     "poisson": (nn.PoissonNLLLoss, D, lambda: torch.rand(N, D)),
+    "smooth-l1": (nn.SmoothL1Loss, D, lambda: torch.randn(N, D)),
+    "hinge-embedding": (nn.HingeEmbeddingLoss, D, lambda: torch.randint(2, (N, D)) * 2.0 - 1),
+    "multi-label-margin": (nn.MultiLabelMarginLoss, D, lambda: torch.tensor([[0, 2, -1]] * N)),
+    "cross-entropy-weighted": (
+        lambda **k: nn.CrossEntropyLoss(torch.tensor([0.1, 0.5, 0.9]), ignore_index=1, **k),
+        D,
+        lambda: torch.tensor([0, 2, 0, 2, 0]),
+    ),
 }
 
 
@@ -105,16 +116,136 @@ def test_own_criterion_without_reduction() -> None:
     check(nn.Linear(4, D), Own(), lambda output, target: Own()(output, target).sum(), x, y)
 
 
-def test_image_of_classes() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_image_of_classes(functional: bool, reduction: str, smoothing: float) -> None:
+    torch.manual_seed(0)
     x, y = torch.randn(N, 2, 5, 5), torch.randint(D, (N, 3, 3))
-    check(nn.Conv2d(2, D, 3), nn.CrossEntropyLoss(), nn.CrossEntropyLoss(), x, y)
+    y[0, 1:], y[1, :, 0] = -1, -1
+    options = {"weight": torch.rand(D) / 9, "ignore_index": -1, "label_smoothing": smoothing}
+    plain = nn.CrossEntropyLoss(reduction=reduction, **options)
+    check(nn.Conv2d(2, D, 3), partial(F.cross_entropy, **options) if functional else plain, plain, x, y, reduction)
 
 
-@pytest.mark.parametrize("scalar", [lambda o, y: F.cross_entropy(o, y), lambda o, y: 1.0])
-def test_reduced_criterion_is_refused(scalar: Callable) -> None:
-    module, criterion = wrapped(nn.Linear(4, D), scalar)
-    with pytest.raises(ValueError, match="one value for the whole batch"):
-        criterion(module(torch.randn(N, 4)), torch.randint(D, (N,)))
+def test_sample_of_which_nothing_counts() -> None:
+    module, criterion = wrapped(nn.Conv2d(2, D, 3), nn.CrossEntropyLoss(ignore_index=1))
+    y = torch.zeros(N, 3, 3, dtype=torch.long)
+    y[0] = 1
+    assert criterion(module(torch.randn(N, 2, 5, 5)), y).loss_per_sample[0] == 0
+
+
+class Focal(nn.Module):
+    """Own, with a reduction, and a mean of its own."""
+
+    def __init__(self, reduction: str = "mean") -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = F.binary_cross_entropy_with_logits(output, target, reduction="none")
+        losses = losses * (1 - torch.exp(-losses))
+        if self.reduction == "none":
+            return losses
+        return losses.sum() / (target > 0.5).sum() if self.reduction == "mean" else losses.sum()
+
+
+def test_own_mean() -> None:
+    torch.manual_seed(0)
+    y = torch.rand(N, D)
+    y[:, 0] = 1
+    check(nn.Linear(4, D), Focal(), Focal(), torch.randn(N, 4), y)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda output, target: F.cross_entropy(output, target, ignore_index=2),
+        lambda output, target: F.nll_loss(output.log_softmax(1), target, torch.tensor([0.1, 0.5, 2.0])),
+        lambda output, target: output.square().mean() + F.cross_entropy(output, target, reduction="sum") * 2,
+        lambda output, target: F.multi_margin_loss(output, target).reshape(1),
+        lambda output, target: F.cross_entropy(output, target) * float(target.sum().item()),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_criterion_of_whatever_kind(criterion: Callable) -> None:
+    torch.manual_seed(0)
+    check(nn.Linear(4, D), criterion, lambda o, y: criterion(o, y).sum(), torch.randn(N, 4), torch.randint(2, (N,)))
+
+
+SEVERAL: dict[str, tuple[Callable, Callable[[Any, Tensor, Tensor], Any]]] = {
+    "triplet": (nn.TripletMarginLoss, lambda loss, o, y: loss(o[:, :2], o[:, 2:4], o[:, 4:])),
+    "cosine": (nn.CosineEmbeddingLoss, lambda loss, o, y: loss(o[:, :3], o[:, 3:], y.sign())),
+    "ranking": (nn.MarginRankingLoss, lambda loss, o, y: loss(o[:, 0], o[:, 1], y.sign())),
+    "gaussian": (nn.GaussianNLLLoss, lambda loss, o, y: loss(o[:, :3], y[:, None].expand(-1, 3), o[:, 3:].exp())),
+    "kl": (nn.KLDivLoss, lambda loss, o, y: loss(o.log_softmax(1), (y[:, None] * torch.arange(6.0)).softmax(1))),
+    "nll": (nn.NLLLoss, lambda loss, o, y: loss(o.log_softmax(1), (y > 0).long())),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", SEVERAL)
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
+def test_losses_of_several_outputs(name: str, reduction: str) -> None:
+    torch.manual_seed(0)
+    make, call = SEVERAL[name]
+    model, x, y = nn.Linear(4, 6), torch.randn(N, 4), torch.randn(N)
+    oracle = reference(model, lambda output, target: call(make(reduction=reduction), output, target), (x,), y, N)
+    module, criterion = wrapped(model, make(reduction=reduction), reduction)
+    loss = call(criterion, module(x), y)
+    loss.backward()
+    assert_equal(loss.loss_per_sample.detach(), oracle.losses, "losses")
+    for name, param in model.named_parameters():
+        assert_equal(param.summed_grad, oracle.clipped_sum(0.05)[name], name)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_ctc(reduction: str) -> None:
+    torch.manual_seed(0)
+    model, plain = nn.Linear(4, VOCABULARY), nn.CTCLoss(reduction=reduction)
+    x, y, lengths = torch.randn(N, 9, 4), torch.randint(1, VOCABULARY, (N, 3)), torch.tensor([3, 2, 1, 3, 2])
+
+    def call(loss: Any, output: Tensor, target: Tensor, lengths: Tensor) -> Any:
+        return loss(output.log_softmax(2).transpose(0, 1), target, torch.full((len(target),), 9), lengths)
+
+    both = torch.cat([y, lengths[:, None]], 1)
+    oracle = reference(model, lambda output, target: call(plain, output, target[:, :3], target[:, 3]), (x,), both, N)
+    module, criterion = wrapped(model, plain, reduction)
+    loss = call(criterion, module(x), y, lengths)
+    loss.backward()
+    assert_equal(loss.loss_per_sample.detach(), oracle.losses, "losses")
+    for name, param in model.named_parameters():
+        assert_equal(param.summed_grad, oracle.clipped_sum(0.05)[name], name)
+
+
+def test_causal_language_model() -> None:
+    model, x, y = flattened_tokens(-100)
+    oracle = reference(
+        model, lambda o, target: F.cross_entropy(o[:, :-1].flatten(0, 1), target[:, 1:].flatten()), (x,), y, N
+    )
+    for outputs_of in (lambda logits: logits, lambda logits: SimpleNamespace(logits=logits)):
+        module, criterion = wrapped(copy.deepcopy(model), CausalLMLoss())
+        loss = criterion(outputs_of(module(x)), y)
+        loss.backward()
+        assert_equal(loss.loss_per_sample.detach(), oracle.losses, "losses")
+        assert_equal(CausalLMLoss()(model(x), y), oracle.losses.mean(), "mean")
+        for name, param in module._module.named_parameters():
+            assert_equal(param.summed_grad, oracle.clipped_sum(0.05)[name], name)
+
+
+@pytest.mark.parametrize("criterion", [lambda output, target: 1.0, lambda output, target: output[:1]])
+def test_criterion_that_gives_no_loss_for_a_sample(criterion: Callable) -> None:
+    module, private = wrapped(nn.Linear(4, D), criterion)
+    with pytest.raises(ValueError, match="not one number for one sample"):
+        private(module(torch.randn(N, 4)), torch.randint(D, (N,)))
+
+
+def test_empty_batch_without_reduction() -> None:
+    module, criterion = wrapped(nn.Linear(4, D), lambda output, target: F.cross_entropy(output, target))
+    loss = criterion(module(torch.randn(0, 4)), torch.randint(D, (0,)))
+    loss.backward()
+    assert loss.loss_per_sample.shape == (0,)
+    assert all(param.summed_grad.count_nonzero() == 0 for param in module.parameters())
 
 
 def flattened_tokens(ignored: int) -> tuple[nn.Module, Tensor, Tensor]:
