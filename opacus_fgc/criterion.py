@@ -74,8 +74,9 @@ def loss_per_sample(
     """What a criterion gives for each sample alone, with its own reduction over all that a sample has.
 
     Torch's criteria are evaluated once without reduction; so is what returns unreduced losses, of which the mean (or sum) of
-    each sample is taken. Everything else is evaluated on one sample at a time, by ``torch.func.vmap`` or else in a loop: all tensors
-    among the arguments that have as many rows as the first are taken row by row.
+    each sample is taken. Everything else is evaluated on one sample at a time, by ``torch.func.vmap`` or else in a loop: all
+    tensors among the arguments that have as many rows as the first are taken row by row. (So class weights cancel in the
+    mean of a sample that has but one target; with reduction "sum" they do not.)
 
     Args:
         criterion: see `DPLossFastGradientClipping`.

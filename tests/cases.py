@@ -190,6 +190,29 @@ def tokens_and_padding(n: int) -> Tensor:
     return target
 
 
+def transposed_convolutions() -> list[
+    tuple[str, Callable[[], nn.Module], tuple[int, ...], list[type[nn.Module] | str]]
+]:
+    return [
+        ("1d", lambda: nn.ConvTranspose1d(4, 6, 3), (4, 7), [nn.ConvTranspose1d]),
+        ("1d-strided", lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, groups=2, dilation=2), (4, 5), []),
+        (
+            "2d",
+            lambda: nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1),
+            (3, 4, 5),
+            [nn.ConvTranspose2d],
+        ),
+        ("2d-large", lambda: nn.ConvTranspose2d(2, 3, 2, stride=2, bias=False), (2, 9, 9), []),
+        (
+            "2d-to-a-size",
+            lambda: Apply(lambda m, x: m.a(x, [10, 9]), a=nn.ConvTranspose2d(2, 3, 2, stride=2)),
+            (2, 5, 4),
+            [],
+        ),
+        ("3d", lambda: nn.ConvTranspose3d(2, 2, 2, stride=(1, 2, 1)), (2, 3, 2, 3), [nn.ConvTranspose3d]),
+    ]
+
+
 LAYERS = [
     Case("linear", lambda: nn.Linear(3, 4), [floats(3)], covers=[nn.Linear]),
     Case("linear-3d", lambda: nn.Linear(3, 4), [floats(6, 3)]),
@@ -371,6 +394,26 @@ LAYERS = [
             c=nn.Linear(4, 2),
         ),
         [floats(3, 4)],
+    ),
+    Case(
+        "bilinear",
+        lambda: Apply(lambda m, x, y: m.a(x, y), a=nn.Bilinear(3, 2, 4)),
+        [floats(3), floats(2)],
+        covers=[nn.Bilinear],
+        functorch=False,
+    ),
+    Case(
+        "bilinear-3d",
+        lambda: Apply(lambda m, x, y: m.a(x, y), a=nn.Bilinear(3, 2, 4, bias=False)),
+        [floats(6, 3), floats(6, 2)],
+        functorch=False,
+    ),
+    Case("prelu", lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU()), [floats(5, 4)], covers=[nn.PReLU]),
+    Case("prelu-channels", lambda: nn.PReLU(3), [floats(3, 5)]),
+    Case("prelu-2d", lambda: nn.PReLU(3), [floats(3)]),
+    *(
+        Case(f"transposed-{name}", make, [floats(*shape)], covers=covers)
+        for name, make, shape, covers in transposed_convolutions()
     ),
     Case("hf-conv1d", lambda: Conv1D(4, 3), [floats(6, 3)], covers=["transformers.pytorch_utils.Conv1D"]),
     *conv_cases(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from opacus_fgc.norm_samplers import conv, embedding, linear, normalization, sequence_bias
+from opacus_fgc.norm_samplers import activation, conv, embedding, linear, normalization, sequence_bias
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, NormSampler, register_norm_sampler
 
 __all__ = [
     "NORM_SAMPLERS",
     "NormSampler",
+    "activation",
     "conv",
     "embedding",
     "linear",

@@ -10,6 +10,7 @@ from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_
 from opacus_fgc.per_sample import Dense, at_least_float32
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def _sides(layer: Conv) -> list[tuple[int, int]]:
@@ -43,6 +44,29 @@ def convolution(layer: Conv, activations: list[Tensor], backprops: Tensor) -> Fo
         images, padding = _with_plain_padding(layer, activations[0].to(backprops.dtype))
         forms[layer.weight] = Convolution(
             images, backprops, layer.weight.shape, layer.stride, padding, layer.dilation, layer.groups
+        )
+    if layer.bias is not None and layer.bias.requires_grad:
+        forms[layer.bias] = Dense(at_least_float32(backprops).flatten(2).sum(2))
+    return forms
+
+
+@register_norm_sampler([nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d])
+def transposed_convolution(layer: ConvTranspose, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """Its weight's gradient is that of a convolution from output to input."""
+    refuse_unbatched(backprops, 2 + len(layer.kernel_size))
+    forms: Forms = {}
+    if layer.weight.requires_grad:
+        positions, images = activations[0].to(backprops.dtype), backprops
+        padding = [int(side) for side in layer.padding]
+        pads: list[int] = []
+        for axis, before in enumerate(padding):
+            steps, reach = positions.shape[2 + axis] - 1, layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+            pads = [before, steps * layer.stride[axis] + reach + 1 - before - images.shape[2 + axis], *pads]
+        if pads[::2] != pads[1::2]:
+            # Output padding is on one side only.
+            images, padding = F.pad(images, pads), [0] * len(padding)
+        forms[layer.weight] = Convolution(
+            images, positions, layer.weight.shape, layer.stride, padding, layer.dilation, layer.groups
         )
     if layer.bias is not None and layer.bias.requires_grad:
         forms[layer.bias] = Dense(at_least_float32(backprops).flatten(2).sum(2))

@@ -39,6 +39,18 @@ def matrix(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
     return forms
 
 
+@register_norm_sampler(nn.Bilinear)
+def bilinear(layer: nn.Bilinear, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """``y_k = x1^T W_k x2 + b_k``: a linear map of the products of all features of ``x1`` and ``x2``."""
+    left = as_positions(backprops)
+    forms = _bias(layer, left)
+    if layer.weight.requires_grad:
+        first, second = (as_positions(side).to(left.dtype) for side in activations)
+        products = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(3)
+        forms[layer.weight] = Outer(left, products, layer.weight.shape)
+    return forms
+
+
 def _bias(layer: Any, backprops: Tensor) -> Forms:
     if layer.bias is None or not layer.bias.requires_grad:
         return {}

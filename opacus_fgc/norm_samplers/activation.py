@@ -1,0 +1,18 @@
+"""Activation functions with a parameter."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_norm_sampler
+from opacus_fgc.per_sample import Dense, at_least_float32
+
+
+@register_norm_sampler(nn.PReLU)
+def prelu(layer: nn.PReLU, activations: list[Tensor], backprops: Tensor) -> Forms:
+    """``y = x`` where that is positive, ``weight * x`` elsewhere; one weight, or one a channel of ``(N, channels, *)``."""
+    refuse_unbatched(backprops, 1 if layer.num_parameters == 1 else 2)
+    products = at_least_float32(activations[0]).clamp(max=0) * at_least_float32(backprops)
+    if layer.num_parameters == 1:
+        return {layer.weight: Dense(products.unsqueeze(-1).flatten(1).sum(1, keepdim=True))}
+    return {layer.weight: Dense(products.flatten(2).sum(2) if products.dim() > 2 else products)}
