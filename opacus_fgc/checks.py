@@ -7,7 +7,6 @@ from typing import Any
 
 from opacus.utils.module_utils import trainable_modules
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
 from opacus_fgc.per_sample import PerSampleGradient
 
@@ -35,15 +34,6 @@ def refuse_buffers(model: nn.Module) -> None:
                 "one sample's data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so for batch "
                 "norms), freeze its parameters, or pass strict=False to the wrapper if its buffers are constants"
             )
-
-
-def refuse_packed_sequences(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of Opacus' recurrent layers: raises a NotImplementedError if one is called on packed sequences."""
-    if args and isinstance(args[0], PackedSequence):
-        raise NotImplementedError(
-            f"{describe(name, module)} was called on a PackedSequence, whose rows are not in the order of the batch; pad the "
-            "sequences (torch.nn.utils.rnn.pad_sequence) and ignore the padding in the loss"
-        )
 
 
 def check_forms(params: Mapping[str, Any], forms: Mapping[Any, PerSampleGradient]) -> None:

@@ -70,6 +70,7 @@ def loss_per_sample(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     shape: Sequence[int] | None = None,
+    batch_first: bool = True,
 ) -> Tensor:
     """What a criterion gives for each sample alone, with its own reduction over all that a sample has.
 
@@ -84,6 +85,7 @@ def loss_per_sample(
         args: its positional arguments.
         kwargs: its keyword arguments.
         shape: for losses of flattened tokens the shape ``(N, T, ...)`` before flattening.
+        batch_first: whether the rows of the arguments are samples; if not, losses have to be unreduced.
 
     Returns:
         One loss a sample, shape ``(N,)``; 0 for one of which nothing counts.
@@ -91,15 +93,16 @@ def loss_per_sample(
     Raises:
         ValueError: if the criterion cannot be evaluated by sample.
     """
-    ours = hasattr(criterion, "reduction")
-    if ours and (shape is not None or type(criterion).__module__.startswith(("torch.nn.", "opacus_fgc."))):
-        return _of_unreduced(_unreduced(criterion, args, kwargs), criterion, reduction, args, kwargs, shape)
-    if shape is not None:
-        if _takes_reduction(criterion):
-            kwargs = {**kwargs, "reduction": "none"}
-        return _of_unreduced(criterion(*args, **kwargs), criterion, reduction, args, kwargs, shape)
+    reducible = hasattr(criterion, "reduction")
+    known = reducible and type(criterion).__module__.startswith(("torch.nn.", "opacus_fgc."))
+    if shape is not None or known or not batch_first:
+        if reducible:
+            losses = _unreduced(criterion, args, kwargs)
+        else:
+            losses = criterion(*args, **kwargs, **({"reduction": "none"} if _takes_reduction(criterion) else {}))
+        return _of_unreduced(losses, criterion, reduction, args, kwargs, shape)
     if _takes_reduction(criterion):
-        kwargs = {**kwargs, "reduction": reduction}
+        kwargs = {"reduction": reduction, **kwargs}
     batch_size = _batch_size(args, kwargs)
     losses = criterion(*args, **kwargs)
     if isinstance(losses, Tensor) and losses.dim() > 0 and len(losses) == batch_size:

@@ -190,7 +190,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         Raises:
             ValueError: if the criterion cannot be evaluated by sample.
         """
-        losses = loss_per_sample(self.criterion, self.loss_reduction, args, kwargs, shape)
+        losses = loss_per_sample(self.criterion, self.loss_reduction, args, kwargs, shape, self.module.batch_first)
         return DPTensorFastGradientClipping(
             self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward
         )

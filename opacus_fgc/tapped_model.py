@@ -12,9 +12,10 @@ from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHook
 from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import has_trainable_params, trainable_parameters
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from opacus_fgc.checks import describe, refuse_overlap, refuse_packed_sequences
+from opacus_fgc.checks import describe, refuse_overlap
 from opacus_fgc.independence import Seen, check_independence, some_samples
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
@@ -86,6 +87,7 @@ class TappedModel(OpacusHooks):
         self._verified = False
         self._rows_known: bool | None = None
         self._seen: list[Seen] | None = None
+        self._samples: Tensor | None = None
         self._agree(model)
 
     def _is_compiled(self) -> bool:
@@ -147,9 +149,10 @@ class TappedModel(OpacusHooks):
             )
         others = {*self._module.parameters(), *self._module.buffers()} - watched
         self._ops = OpTaps(watched, others, self._tap_operation, self._observe, self.batch_first, compiled)
-        for path, module in self._module.named_modules():
+        for module in self._module.modules():
             if isinstance(module, DPRNNBase):
-                handles.append(module.register_forward_pre_hook(partial(refuse_packed_sequences, path)))
+                handles.append(module.register_forward_pre_hook(self._begin_packed))
+                handles.append(module.register_forward_hook(self._end_packed, always_call=True))
         for _, param in trainable_parameters(self._module):
             handles.append(param.register_hook(partial(self._collect_second_pass, param)))
         self.enable_hooks()
@@ -266,6 +269,15 @@ class TappedModel(OpacusHooks):
             self.add_hooks()
         return changed
 
+    def _begin_packed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""
+        if args and isinstance(args[0], PackedSequence):
+            data, sizes, samples, _ = args[0]
+            self._samples = torch.arange(int(sizes[0]), device=data.device) if samples is None else samples
+
+    def _end_packed(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._samples = None
+
     def capture_activations_hook(
         self, module: nn.Module, forward_input: tuple[Any, ...], forward_kwargs: dict[str, Any], forward_output: Any
     ) -> Any:
@@ -286,7 +298,7 @@ class TappedModel(OpacusHooks):
         axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
         inside = self.record is not None and (self._outermost is not None or self._recomputing())
         size = self.record.batch_size_seen if self.record is not None and inside else None
-        if size is not None and _has_one_row(forward_output, axis) and size != 1:
+        if size not in (None, 1) and self._samples is None and _has_one_row(forward_output, axis):
             # An input that the batch shares, such as position ids: the layer has to see it once a sample.
             forward_input, forward_kwargs = _expanded((forward_input, forward_kwargs), size, axis)
             forward_output = module.forward(*forward_input, **forward_kwargs)
@@ -325,13 +337,14 @@ class TappedModel(OpacusHooks):
         params = [param for param in layer.params.values() if param.requires_grad]
         if not params:
             return output
-        if self._seen is not None:
+        if self._seen is not None and self._samples is None:
             self._seen += [Seen(layer.name, value.detach(), axis) for value in tensors_in(output)[:1]]
+        if self._seen is not None:
             return output
         if not self._recomputing():
             self._open_record().expect(key, params)
         try:
-            return tap(output, *inputs, self._anchor, params, layer.receive, axis, fingerprint)
+            return tap(output, *inputs, self._anchor, params, layer.receive, axis, fingerprint, self._samples)
         except NotImplementedError as error:
             raise NotImplementedError(f"{layer.name}: {error}") from error
 
@@ -345,6 +358,9 @@ def _params_of(layers: Iterable[nn.Module]) -> set[Tensor]:
 
 def _batch_size(inputs: Any, batch_first: bool) -> int | None:
     """The number of samples that a model is called on, None if it does not show; inputs of one row may be shared."""
+    for leaf in tree_leaves(inputs, is_leaf=lambda leaf: isinstance(leaf, PackedSequence)):
+        if isinstance(leaf, PackedSequence):
+            return None
     # Of (T, N) and (N, features) nobody can tell which it is.
     axis, least = (0, 1) if batch_first else (1, 3)
     sizes = [tensor.shape[axis] for tensor in tensors_in(inputs) if tensor.dim() >= least]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointFunction
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -41,6 +42,13 @@ class Call:
         self.batch_axis = pending.batch_axis
         self.fingerprint = pending.fingerprint
         self.autocast = pending.autocast
+
+    def by_sample(self, rows: Tensor) -> Tensor:
+        """Puts rows of this call in the places of their samples, and 0 for samples that have none in it."""
+        samples = self._pending.samples
+        if samples is None:
+            return rows
+        return rows.new_zeros(len(samples), *rows.shape[1:]).index_copy(0, samples[: len(rows)], rows)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the call."""
@@ -89,12 +97,13 @@ Receiver = Callable[[Call, tuple[Tensor, ...]], None]
 class _Pending:
     """All of a call but its tensors, which autograd keeps. Made for every call of every layer, so it is kept light."""
 
-    __slots__ = ("autocast", "batch_axis", "fingerprint", "leaves", "outputs", "params", "receive", "spec")
+    __slots__ = ("autocast", "batch_axis", "fingerprint", "leaves", "outputs", "params", "receive", "samples", "spec")
 
-    def __init__(self, params: Collection[Tensor], receive: Receiver, batch_axis: int) -> None:
+    def __init__(self, params: Collection[Tensor], receive: Receiver, batch_axis: int, samples: Tensor | None) -> None:
         self.params = params
         self.receive = receive
         self.batch_axis = batch_axis
+        self.samples = samples
         self.outputs: tuple[int, ...] = (0,)
         self.leaves: list[Any] | None = None
         self.spec: TreeSpec | None = None
@@ -143,7 +152,9 @@ class Tap(torch.autograd.Function):
         return (None, None, *backprops, *[None] * ctx.activation_count)
 
 
-_TAP_NODE: Any = Tap._backward_cls  # the type of a tap's node in the graph
+# The types of nodes in the graph.
+_TAP_NODE: Any = Tap._backward_cls
+_REENTRANT_NODE: Any = CheckpointFunction._backward_cls
 
 
 def tap(
@@ -155,6 +166,7 @@ def tap(
     receive: Receiver,
     batch_axis: int,
     fingerprint: Callable[[list[Tensor], int], Any],
+    samples: Tensor | None = None,
 ) -> Any:
     """Taps what a layer returned.
 
@@ -167,11 +179,12 @@ def tap(
         receive: called in backward with the `Call` and the backprops, one for each tapped output.
         batch_axis: the axis of inputs and outputs that counts samples.
         fingerprint: called now with the tapped outputs and the batch axis; its result is kept in the `Call`.
+        samples: which samples the rows belong to, for a call on the first some of these; None for a row a sample.
 
     Returns:
         The output, with every tensor that needs a gradient replaced by an alias; as it was if there is none.
     """
-    pending = _Pending(params, receive, batch_axis)
+    pending = _Pending(params, receive, batch_axis, samples)
     plain = isinstance(output, Tensor)
     outputs, spec = ([output], None) if plain else tree_flatten(output)
     tapped = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -205,6 +218,9 @@ def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterab
 
     Returns:
         Those among ``params`` that are used outside of the layers that were tapped for them.
+
+    Raises:
+        NotImplementedError: if a part of the graph is hidden by reentrant checkpointing.
     """
     wanted = set(params)
     found: set[Tensor] = set()
@@ -220,6 +236,11 @@ def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterab
                     todo.append(inner)
                 elif _leaf(inner) in wanted and not node.pending.stands_for(inner.variable):
                     found.add(inner.variable)
+        elif isinstance(node, _REENTRANT_NODE):
+            raise NotImplementedError(
+                "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on them; pass "
+                "use_reentrant=False"
+            )
         elif _leaf(node) in wanted:
             found.add(node.variable)
     return found

@@ -14,6 +14,7 @@ from opacus.layers import DPGRU, DPLSTM, DPRNN, DPMultiheadAttention
 from opacus.layers.dp_multihead_attention import SequenceBias
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from opacus_fgc import register_norm_sampler
@@ -169,6 +170,13 @@ def recurrent(kind: Callable, **options: Any) -> nn.Module:
         rnn=kind(3, 4, **options),
         head=nn.Linear(8 if "bidirectional" in options else 4, 2),
     )
+
+
+def packed(m: Apply, x: Tensor, lengths: Tensor) -> Tensor:
+    sequences = pack_padded_sequence(x, lengths.add(1), batch_first=True, enforce_sorted=False)
+    output, hidden = m.a(sequences)
+    hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return m.b(pad_packed_sequence(output, batch_first=True)[0]).square().sum(1) + hidden.sum(0)[:, :2]
 
 
 def tied_language_model(loss_target: int = 11) -> nn.Module:
@@ -416,6 +424,21 @@ LAYERS = [
         for name, make, shape, covers in transposed_convolutions()
     ),
     Case("hf-conv1d", lambda: Conv1D(4, 3), [floats(6, 3)], covers=["transformers.pytorch_utils.Conv1D"]),
+    *(
+        Case(
+            f"packed-{name}",
+            lambda layer=layer, options=options, width=width: Apply(
+                packed, a=layer(3, 4, **options), b=nn.Linear(width, 2, bias=False)
+            ),
+            [floats(6, 3), tokens(6)],
+            empty=False,
+        )
+        for name, layer, options, width in (
+            ("lstm", DPLSTM, {"num_layers": 2}, 4),
+            ("gru-bidirectional", DPGRU, {"bidirectional": True}, 8),
+            ("rnn", DPRNN, {}, 4),
+        )
+    ),
     *conv_cases(),
 ]
 

@@ -121,4 +121,4 @@ class Functorch:
             return functional_call(layer, dict(params), args, kwargs)
 
         gradients = gradients_by_sample(forward, params, leaves, call, backprops, call.fingerprint)
-        return {layer.get_parameter(name): Dense(gradient) for name, gradient in gradients.items()}
+        return {layer.get_parameter(name): Dense(call.by_sample(gradient)) for name, gradient in gradients.items()}

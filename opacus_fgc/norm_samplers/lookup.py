@@ -49,7 +49,7 @@ class Registered:
         """
         groups: dict[Any, list[tuple[list[Tensor], Tensor]]] = {}
         for call, backprops in uses:
-            activations, backprop = _batch_first(call, backprops)
+            activations, backprop = _by_sample(call, backprops)
             shapes = [(tensor.shape, tensor.dtype) for tensor in (*activations, backprop)]
             # Only for one input a row is sure to belong to one sample.
             key = tuple(shapes) if len(shapes) == 2 and shapes[0][0][:1] == backprop.shape[:1] else id(call)
@@ -66,12 +66,12 @@ class Registered:
         return {param: add(several) for param, several in forms.items()}
 
 
-def _batch_first(call: Call, backprops: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
+def _by_sample(call: Call, backprops: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
     if len(backprops) != 1:
         raise NotImplementedError(f"a registered sampler takes layers with one output, this one has {len(backprops)}")
     axis = call.batch_axis
     if axis == 0:
-        return call.activations, backprops[0]
+        return [call.by_sample(tensor) for tensor in call.activations], call.by_sample(backprops[0])
     activations = [tensor.movedim(axis, 0) if tensor.dim() > axis else tensor for tensor in call.activations]
     return activations, backprops[0].movedim(axis, 0)
 
