@@ -32,6 +32,7 @@ from opacus.utils.per_sample_gradients_utils import (
     is_batch_empty,
 )
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from opacus_fgc import (
     NORM_SAMPLERS,
