@@ -23,11 +23,13 @@ class Seen(NamedTuple):
         where: what to call the place; "" for what the model returned.
         value: the tensor.
         axis: the axis that counts samples.
+        tapped: whether rows of it are counted as samples.
     """
 
     where: str
     value: Tensor
     axis: int
+    tapped: bool = True
 
 
 def some_samples(inputs: Any, batch_size: int, start: int, length: int, axis: int) -> Any:
@@ -79,10 +81,19 @@ def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[
         for module, training in modes.items():
             module.training = training
     _refuse_state(name, model, changed)
-    if not runs or len({tuple(seen.where for seen in one) for one in runs}) > 1:
-        return False
-    compared = [_compared(name, *seen) for seen in zip(*runs, strict=True)]
-    return all(compared)
+    return bool(runs) and _all_compared(name, runs)
+
+
+def _all_compared(name: str, runs: list[list[Seen]]) -> bool:
+    known = True
+    for where in dict.fromkeys(seen.where for run in runs for seen in run):
+        at_this_place = [[seen for seen in run if seen.where == where] for run in runs]
+        if len({len(seen) for seen in at_this_place}) > 1:
+            known &= not any(seen.tapped for run in at_this_place for seen in run)
+            continue
+        for several in zip(*at_this_place, strict=True):
+            known &= _compared(name, *several) or not several[0].tapped
+    return known
 
 
 def _refuse_state(name: str, model: nn.Module, changed: list[str]) -> None:
@@ -110,7 +121,7 @@ def _repeatable(model: nn.Module, run: Callable[[], list[Seen]]) -> list[Seen]:
 
 def _compared(name: str, together: Seen, first: Seen, second: Seen) -> bool:
     """Whether what two samples gave together could be compared with what each gave by itself."""
-    where, both, axis = together
+    where, both, axis = together.where, together.value, together.axis
     alone = first.value, second.value
     if both.dim() <= axis or any(value.dim() != both.dim() for value in alone):
         return False

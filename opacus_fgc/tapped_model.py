@@ -137,6 +137,8 @@ class TappedModel(OpacusHooks):
             name = describe(paths[layer], layer)
             receive = partial(self._receive, layer)
             self._layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
+        # Torch's attention uses a child's weight, which a checkpoint that starts in between has to find watched.
+        entrances.update(module for module in self._module.modules() if isinstance(module, nn.MultiheadAttention))
         for module in entrances:
             handles.append(module.register_forward_pre_hook(plain(self._enter), prepend=True, with_kwargs=True))
             handles.append(
@@ -234,7 +236,7 @@ class TappedModel(OpacusHooks):
                 finally:
                     self._ops.leave()
                     seen, self._seen, record.batch_size_seen = self._seen, None, size
-                return seen + [Seen("", output.detach(), axis) for output in outputs]
+                return seen + [Seen("", output.detach(), axis, tapped=False) for output in outputs]
 
             self._rows_known = check_independence(describe("", self._module), self._module, inputs, run)
         record.rows_known = bool(self._rows_known)
@@ -323,7 +325,7 @@ class TappedModel(OpacusHooks):
 
     def _observe(self, name: str, output: Tensor, axis: int) -> None:
         if self._seen is not None:
-            self._seen.append(Seen(f"operation '{name}'", output.detach(), axis))
+            self._seen.append(Seen(f"operation '{name}'", output.detach(), axis, tapped=False))
 
     def _tap(
         self,
