@@ -6,7 +6,8 @@ sample by sample, or its taps would count other rows as samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -42,10 +43,38 @@ def some_samples(inputs: Any, batch_size: int, start: int, length: int, axis: in
     return tree_map_only(Tensor, narrow, inputs)
 
 
+@contextmanager
+def undisturbed(model: nn.Module, inputs: Any) -> Iterator[list[str]]:
+    """A context for forwards that are not the user's own: random states, buffers and training modes are as before afterwards.
+
+    Args:
+        model: the model.
+        inputs: what it is called with.
+
+    Yields:
+        A list of the buffers that were changed, which is filled at the end.
+    """
+    buffers = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
+    modes = {module: module.training for module in model.modules()}
+    devices = {tensor.device for tensor in tensors_in(inputs) if tensor.device.type == "cuda"}
+    changed: list[str] = []
+    try:
+        with torch.random.fork_rng(devices):
+            yield changed
+    finally:
+        changed += [path for path, (buffer, before) in buffers.items() if not torch.equal(buffer, before)]
+        with torch.no_grad():
+            for path in changed:
+                buffer, before = buffers[path]
+                buffer.copy_(before)
+        for module, training in modes.items():
+            module.training = training
+
+
 def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[int, int], list[Seen]]) -> bool:
     """Runs two samples of a batch together and each by itself, and compares all that is seen on the way.
 
-    A forward that draws random numbers is run in eval mode. Random states and buffers are as before afterwards.
+    A forward that draws random numbers is run in eval mode.
 
     Args:
         name: what to call the model in errors.
@@ -60,28 +89,14 @@ def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[
     Raises:
         NotImplementedError: if something of a sample depends on the other, or rows are not samples, or a buffer changed.
     """
-    buffers = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
-    devices = {tensor.device for tensor in tensors_in(inputs) if tensor.device.type == "cuda"}
     runs: list[list[Seen]] = []
-    try:
-        with torch.random.fork_rng(devices):
-            together = _repeatable(model, lambda: run(0, 2))
-            if together:
-                runs = [together, run(0, 1), run(1, 1)]
-    except Exception:
-        # What the model cannot do on such batches shows, if it matters, where it runs on its own.
-        return False
-    finally:
-        changed = [path for path, (buffer, before) in buffers.items() if not torch.equal(buffer, before)]
-        with torch.no_grad():
-            for path in changed:
-                buffer, before = buffers[path]
-                buffer.copy_(before)
-        for module, training in modes.items():
-            module.training = training
+    # What the model cannot do on such batches shows, if it matters, where it runs on its own.
+    with undisturbed(model, inputs) as changed, suppress(Exception):
+        together = _repeatable(model, lambda: run(0, 2))
+        if together:
+            runs = [together, run(0, 1), run(1, 1)]
     _refuse_state(name, model, changed)
-    return bool(runs) and _all_compared(name, runs)
+    return len(runs) == 3 and _all_compared(name, runs)
 
 
 def _all_compared(name: str, runs: list[list[Seen]]) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from opacus_fgc.checks import describe, refuse_overlap
-from opacus_fgc.independence import Seen, check_independence, some_samples
+from opacus_fgc.independence import Seen, check_independence, some_samples, undisturbed
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
@@ -50,8 +50,8 @@ class TappedModel(OpacusHooks):
     """Hooks that tap what a model does with its trainable parameters.
 
     Layers with a norm sampler are tapped as a whole. In all other modules the operations on their parameters are; see `OpTaps`.
-    In the first forward of all it shows whether something escapes that: a parameter that is used past its layer, or in a way
-    that cannot be caught. Then its module is tapped in another way, and the forward is repeated.
+    Before the first forward of all, one of two samples shows whether something escapes that: a parameter that is used past its
+    layer, or in a way that cannot be caught. Then its module is tapped in another way.
     """
 
     batch_first: bool
@@ -84,7 +84,7 @@ class TappedModel(OpacusHooks):
         self._operations: dict[Any, Tapped] = {}
         self._anchor = torch.zeros((), requires_grad=True)
         self._outermost: nn.Module | None = None
-        self._verified = False
+        self._verified: set[nn.Module] = set()
         self._rows_known: bool | None = None
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
@@ -195,64 +195,68 @@ class TappedModel(OpacusHooks):
             self._outermost = None
         if self._outermost is not None or not self._tapping():
             return
-        self._outermost = module
         record = self._open_record() if self.record is None or not self._recomputing() else self.record
         if not self._recomputing():
             record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
-            self._before = record.expectations
-        if not self._verified or self._operations:
+            self._verify(record, module, (args, kwargs))
+        self._outermost = module
+        if self._operations:
             self._ops.enter(record.batch_size_seen)
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the same, called also when the forward failed."""
-        if self._outermost is not module:
-            return output
-        try:
+        if self._outermost is module:
             self._ops.leave()
-            # Of a forward that failed there is no output.
-            if self._recomputing() or output is None or self.record is None:
-                return output
-            while not self._verified and self._catch_escaped((args, kwargs), output):
-                output = self._repeated(module, args, kwargs)
-            if module is self._module:
-                self._verified = True
-                self._check_rows(self.record, (args, kwargs))
-            return output
-        finally:
             self._outermost = None
 
-    def _check_rows(self, record: Record, inputs: Any) -> None:
-        """Checks in the first forward with two samples or more whether all rows are those of samples; see `independence`."""
+    def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
+        """Before the first forward: finds what escapes the taps, and whether rows are samples; on two samples."""
         size, axis = record.batch_size_seen, 0 if self.batch_first else 1
-        if self._rows_known is None and size is not None and size > 1:
+        if module not in self._verified:
+            some = inputs if size is None or size < 3 else some_samples(inputs, size, 0, 2, axis)
+            # A model that has its batch size written into it takes but the whole batch.
+            if not self._has_caught_all(module, some, size and min(size, 2)) and some is not inputs:
+                self._has_caught_all(module, inputs, size)
+            self._verified.add(module)
+        if self._rows_known is None and module is self._module and size is not None and size > 1:
 
             def run(start: int, length: int) -> list[Seen]:
-                args, kwargs = some_samples(inputs, size, start, length, axis)
-                self._seen, record.batch_size_seen = [], length
-                if self._operations:
-                    self._ops.enter(length)
+                seen: list[Seen] = []
+                self._seen = seen
                 try:
-                    outputs = tensors_in(self._module.forward(*args, **kwargs))
+                    outputs = tensors_in(self._trial(module, some_samples(inputs, size, start, length, axis), length))
                 finally:
-                    self._ops.leave()
-                    seen, self._seen, record.batch_size_seen = self._seen, None, size
+                    self._seen = None
                 return seen + [Seen("", output.detach(), axis, tapped=False) for output in outputs]
 
             self._rows_known = check_independence(describe("", self._module), self._module, inputs, run)
         record.rows_known = bool(self._rows_known)
 
-    def _repeated(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The forward of a module once more, with other taps."""
-        assert self.record is not None
-        self.record.expectations = self._before
-        self._ops.enter(self.record.batch_size_seen)
+    def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
+        """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""
+        while True:
+            with undisturbed(self._module, inputs):
+                try:
+                    output = self._trial(module, inputs, size)
+                except Exception:
+                    return False
+            if not self._catch_escaped(inputs, output):
+                return True
+
+    def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
+        """A forward that is not the user's own, of which the record keeps nothing."""
+        record = self._open_record()
+        kept, record.batch_size_seen = (record.expectations, record.batch_size_seen), size
+        self._outermost = module
+        self._ops.enter(size)
+        args, kwargs = inputs
         try:
             output = module.forward(*args, **kwargs)
+            return self.capture_activations_hook(module, args, kwargs, output) if module in self._layers else output
         finally:
             self._ops.leave()
-        if module in self._layers:
-            output = self.capture_activations_hook(module, args, kwargs, output)
-        return output
+            self._outermost = None
+            record.expectations, record.batch_size_seen = kept
 
     def _catch_escaped(self, inputs: Any, output: Any) -> bool:
         """Whether something escaped the taps, so that its module had to be tapped in another way."""
