@@ -200,7 +200,7 @@ class TappedModel(OpacusHooks):
             record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
             self._verify(record, module, (args, kwargs))
         self._outermost = module
-        if self._operations:
+        if self._operations or self._ops.params:
             self._ops.enter(record.batch_size_seen)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
