@@ -166,8 +166,11 @@ def position_ids(m: Apply, x: Tensor) -> Tensor:
     return m.head(m.tokens(x) + m.positions(torch.arange(x.shape[1])))
 
 
-def row_of_position_ids(m: Apply, x: Tensor, ids: Tensor) -> Tensor:
-    return m.head(m.tokens(x) + m.positions(ids[:1]))
+ROW = torch.arange(3)[None]
+
+
+def one_row_of_position_ids(m: Apply, x: Tensor) -> Tensor:
+    return m.head(m.tokens(x) + m.positions(ROW) + m.positions(torch.zeros_like(x[:1])))
 
 
 def relative_positions(m: Apply, x: Tensor) -> Tensor:
@@ -334,6 +337,7 @@ OPERATIONS = [
         for name, function, inputs in (
             ("made", position_ids, [tokens(7, 3)]),
             ("made-as-many-as-samples", position_ids, [tokens(7, 5)]),
+            ("of-one-row", one_row_of_position_ids, [tokens(7, 3)]),
         )
     ),
     Case(

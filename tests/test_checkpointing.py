@@ -1,4 +1,6 @@
-"""Activation checkpointing keeps the memory that it saves; by a trace of torch's allocator, so nothing depends on a clock."""
+"""What governs saved tensors governs those of the taps: checkpointing keeps the memory that it saves (by a trace of torch's
+allocator, so nothing depends on a clock), and offloading sees all that is saved.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opacus_fgc import GradSampleModuleFastGradientClipping
 from opacus_fgc.privacy_engine import MODES
+from tests.reference import reference
 
 
 class Block(nn.Module):
@@ -59,3 +62,24 @@ def test_memory_of_a_step(mode: str, most: float) -> None:
     )
     assert private < most * saved
     assert private < 0.7 * plain
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_saved_tensors_hooks(mode: str) -> None:
+    model, x = Network(False), torch.randn(5, 3, 64)
+    oracle = reference(model, lambda output, _: output.square().sum(), (x,), x, 5)
+    wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=oracle.total_norm().median().item())
+    packed: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        packed.add(tensor.data_ptr())
+        return tensor.clone()
+
+    inputs: list[Tensor] = []
+    model.blocks[1].up.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = wrapped(x).square().sum(1)
+    assert inputs[-1].data_ptr() in packed
+    MODES[mode](wrapped, losses)
+    for path, wanted in oracle.clipped_sum(wrapped.max_grad_norm).items():
+        torch.testing.assert_close(model.get_parameter(path).summed_grad, wanted, rtol=1e-10, atol=1e-10)
