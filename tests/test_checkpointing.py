@@ -1,5 +1,6 @@
-"""What governs saved tensors governs those of the taps: checkpointing keeps the memory that it saves (by a trace of torch's
-allocator, so nothing depends on a clock), and offloading sees all that is saved.
+"""What governs saved tensors governs those of the taps, so that checkpointing saves memory, and offloading sees all.
+
+Memory is by a trace of torch's allocator, so nothing depends on a clock.
 """
 
 from __future__ import annotations
