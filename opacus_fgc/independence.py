@@ -18,19 +18,35 @@ from opacus_fgc.taps import tensors_in
 
 
 class Seen(NamedTuple):
-    """A tensor that a forward came by.
+    """What is kept of a tensor that a forward came by.
 
     Attributes:
         where: what to call the place; "" for what the model returned.
-        value: the tensor.
+        shape: of the tensor.
         axis: the axis that counts samples.
+        rows: a few numbers that tell each of its rows from others, shape ``(rows, 3)``; None if there is no such axis.
         tapped: whether rows of it are counted as samples.
+        tolerance: how far equal rows may lie apart, relatively.
     """
 
     where: str
-    value: Tensor
+    shape: torch.Size
     axis: int
-    tapped: bool = True
+    rows: Tensor | None
+    tapped: bool
+    tolerance: float = 1e-3
+
+
+def look_at(where: str, value: Tensor, axis: int, tapped: bool = True) -> Seen:
+    """Keeps of a tensor what `check_independence` compares: rows by norm, sum, and a weighted sum, instead of themselves."""
+    if value.dim() <= axis:
+        return Seen(where, value.shape, axis, None, tapped)
+    flat = value.detach().movedim(axis, 0).unsqueeze(-1).flatten(1)
+    flat = flat if flat.dtype == torch.float64 else flat.float()
+    ramp = torch.linspace(0.5, 1.5, flat.shape[1], dtype=flat.dtype, device=flat.device)
+    rows = torch.stack([torch.linalg.vector_norm(flat, dim=1), flat.sum(1), flat @ ramp], 1)
+    eps = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+    return Seen(where, value.shape, axis, rows, tapped, max(1e-3, eps**0.5))
 
 
 def some_samples(inputs: Any, batch_size: int, start: int, length: int, axis: int) -> Any:
@@ -127,30 +143,31 @@ def _repeatable(model: nn.Module, run: Callable[[], list[Seen]]) -> list[Seen]:
         if not train:
             model.eval()
         first, second = run(), run()
-        if len(first) == len(second) and all(
-            a.value.shape == b.value.shape and torch.equal(a.value, b.value) for a, b in zip(first, second, strict=True)
-        ):
+        if len(first) == len(second) and all(map(_repeated, first, second)):
             return first
     return []
 
 
+def _repeated(first: Seen, second: Seen) -> bool:
+    if first.shape != second.shape or first.rows is None or second.rows is None:
+        return first.shape == second.shape
+    return torch.equal(first.rows, second.rows)
+
+
 def _compared(name: str, together: Seen, first: Seen, second: Seen) -> bool:
     """Whether what two samples gave together could be compared with what each gave by itself."""
-    where, both, axis = together.where, together.value, together.axis
-    alone = first.value, second.value
-    if both.dim() <= axis or any(value.dim() != both.dim() for value in alone):
+    where, axis, both = together.where, together.axis, together.rows
+    if both is None or first.rows is None or second.rows is None:
         return False
-    if where and all(value.shape[axis] == both.shape[axis] for value in alone):
+    if where and len(first.rows) == len(second.rows) == len(both):
         raise NotImplementedError(
             f"{where}: its rows are not samples, since there are as many for two samples as for one. Check batch_first, and call "
             "layers on tensors that have one row a sample"
         )
-    if both.shape[axis] != sum(value.shape[axis] for value in alone):
+    same_rows = all(_others(alone.shape, axis) == _others(together.shape, axis) for alone in (first, second))
+    if len(both) != len(first.rows) + len(second.rows) or not same_rows:
         return False
-    joined = torch.cat(alone, axis) if all(_others(value, axis) == _others(both, axis) for value in alone) else None
-    if joined is None:
-        return False
-    if not _close(both, joined):
+    if not _close(both, torch.cat([first.rows, second.rows]), together.tolerance):
         raise NotImplementedError(
             f"{where or name} gives a sample another value in a batch than by itself, so it mixes samples (by a batch norm, or a "
             "mean or a shift over the batch), or its rows are not in the order of the samples. Then no sample has a gradient of "
@@ -159,15 +176,11 @@ def _compared(name: str, together: Seen, first: Seen, second: Seen) -> bool:
     return True
 
 
-def _others(value: Tensor, axis: int) -> list[int]:
-    return [size for other, size in enumerate(value.shape) if other != axis]
+def _others(shape: torch.Size, axis: int) -> list[int]:
+    return [size for other, size in enumerate(shape) if other != axis]
 
 
-def _close(both: Tensor, joined: Tensor) -> bool:
-    if not both.is_floating_point():
-        return torch.equal(both, joined)
-    tolerance = max(1e-3, torch.finfo(both.dtype).eps ** 0.5)
-    both, joined = both.double(), joined.double()
+def _close(both: Tensor, alone: Tensor, tolerance: float) -> bool:
     finite = both[both.isfinite()]
     scale = finite.abs().max().item() if finite.numel() else 0.0
-    return torch.allclose(both, joined, rtol=tolerance, atol=tolerance * scale, equal_nan=True)
+    return torch.allclose(both, alone, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

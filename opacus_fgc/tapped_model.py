@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from opacus_fgc.checks import describe, refuse_overlap
-from opacus_fgc.independence import Seen, check_independence, some_samples, undisturbed
+from opacus_fgc.independence import Seen, check_independence, look_at, some_samples, undisturbed
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
@@ -227,7 +227,7 @@ class TappedModel(OpacusHooks):
                     outputs = tensors_in(self._trial(module, some_samples(inputs, size, start, length, axis), length))
                 finally:
                     self._seen = None
-                return seen + [Seen("", output.detach(), axis, tapped=False) for output in outputs]
+                return seen + [look_at("", output, axis, tapped=False) for output in outputs]
 
             self._rows_known = check_independence(describe("", self._module), self._module, inputs, run)
         record.rows_known = bool(self._rows_known)
@@ -329,7 +329,7 @@ class TappedModel(OpacusHooks):
 
     def _observe(self, name: str, output: Tensor, axis: int) -> None:
         if self._seen is not None:
-            self._seen.append(Seen(f"operation '{name}'", output.detach(), axis, tapped=False))
+            self._seen.append(look_at(f"operation '{name}'", output, axis, tapped=False))
 
     def _tap(
         self,
@@ -344,7 +344,7 @@ class TappedModel(OpacusHooks):
         if not params:
             return output
         if self._seen is not None and self._samples is None:
-            self._seen += [Seen(layer.name, value.detach(), axis) for value in tensors_in(output)[:1]]
+            self._seen += [look_at(layer.name, value, axis) for value in tensors_in(output)[:1]]
         if self._seen is not None:
             return output
         if not self._recomputing():
