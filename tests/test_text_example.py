@@ -6,10 +6,16 @@ import argparse
 import importlib
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import opacus
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -39,19 +45,65 @@ def example() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def few(example) -> tuple[TensorDataset, TensorDataset]:
-    return tuple(TensorDataset(*(tensor[:MESSAGES] for tensor in part.tensors)) for part in example.data(max_tokens=8))
+def whole(example) -> tuple[TensorDataset, TensorDataset]:
+    return example.data(max_tokens=8)
 
 
-@pytest.fixture
-def args(example, monkeypatch) -> argparse.Namespace:
-    command = ["text.py", "--batch-size", "24", "--physical-batch-size", "16", "--delta", "1e-3", "--seed", "1"]
-    monkeypatch.setattr(sys, "argv", command)
-    return example.arguments()
+@pytest.fixture(scope="module")
+def few(example, whole) -> Iterator[tuple[TensorDataset, TensorDataset]]:
+    """Few and short messages, which the example then trains on and tests on."""
+    parts = tuple(TensorDataset(*(tensor[:MESSAGES] for tensor in part.tensors)) for part in whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example, "data", lambda max_tokens: parts)
+        yield parts
 
 
-def test_data(example) -> None:
-    train_set, test_set = example.data(max_tokens=8)
+@pytest.fixture(scope="module")
+def args(example) -> argparse.Namespace:
+    command = ["text.py", "--batch-size", "12", "--physical-batch-size", "8", "--delta", "1e-3", "--seed", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        return example.arguments()
+
+
+@dataclass
+class Run:
+    args: argparse.Namespace
+    result: Any
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def run(example, few, args) -> Iterator[Callable[[str, str], Run]]:
+    """Runs the example in one way and mode, and remembers what came out."""
+    network = example.network
+    models = []
+
+    def watched_network(way):
+        models.append(network(way))
+        models.append(deepcopy(models[-1]))
+        return models[0]
+
+    @cache
+    def run(way, mode):
+        models.clear()
+        result = example.train(way, mode, args)
+        after, before = ({name: param.detach() for name, param in model.named_parameters()} for model in models)
+        with torch.no_grad():
+            logits = models[0].eval()(*few[1].tensors[:2]).logits
+        return Run(args, result, before, after, logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(example, "network", watched_network)
+        # The search for the noise takes longer than the training, and finds the same in every run.
+        patch.setattr(opacus.privacy_engine, "get_noise_multiplier", cache(opacus.privacy_engine.get_noise_multiplier))
+        yield run
+
+
+def test_data(example, whole) -> None:
+    train_set, test_set = whole
     assert len(train_set) == 3510 and len(test_set) == 2337
     for tokens, attention_mask, labels in (train_set.tensors, test_set.tensors):
         assert tokens.shape == attention_mask.shape == (len(labels), 8)
@@ -61,52 +113,29 @@ def test_data(example) -> None:
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
 @pytest.mark.parametrize("way", ["all", "lora"])
-def test_train(way, mode, example, few, args, monkeypatch) -> None:
-    network, models, before = example.network, [], {}
-
-    def watched_network(way):
-        models.append(network(way))
-        before.update({name: param.detach().clone() for name, param in models[0].named_parameters()})
-        return models[0]
-
-    monkeypatch.setattr(example, "network", watched_network)
-    monkeypatch.setattr(example, "data", lambda max_tokens: few)
-    result = example.train(way, mode, args)
-
-    assert 0 < result.epsilon <= args.epsilon
-    assert result.noise_multiplier > 0
-    assert 0 <= result.accuracy <= 1
-    params = dict(models[0].named_parameters())
-    moved = {name for name, param in params.items() if not torch.equal(param, before[name])}
-    assert all(torch.isfinite(param).all() for param in params.values())
-    assert result.parameters == sum(params[name].numel() for name in moved)
+def test_train(way, mode, run) -> None:
+    of = run(way, mode)
+    assert 0 < of.result.epsilon <= of.args.epsilon
+    assert of.result.noise_multiplier > 0
+    assert 0 <= of.result.accuracy <= 1
+    assert all(torch.isfinite(param).all() for param in of.after.values())
+    moved = {name for name, param in of.after.items() if not torch.equal(param, of.before[name])}
+    assert of.result.parameters == sum(of.after[name].numel() for name in moved)
     if way == "all":
-        assert moved == set(params)
+        assert moved == set(of.after)
     else:
-        assert moved == {name for name in params if "lora_" in name or "modules_to_save" in name}
+        assert moved == {name for name in of.after if "lora_" in name or "modules_to_save" in name}
         for part in ("query.lora_A", "query.lora_B", "value.lora_A", "value.lora_B", "pooler", "classifier"):
             assert any(part in name for name in moved), part
 
 
 @pytest.mark.parametrize("way", ["all", "lora"])
-def test_modes_give_the_same(way, example, few, args, monkeypatch) -> None:
+def test_modes_give_the_same(way, run) -> None:
     """The seed gives both modes the same weights, batches and noise."""
-    monkeypatch.setattr(example, "data", lambda max_tokens: few)
-    logits = []
-
-    def watched_accuracy(model, dataset):
-        with torch.no_grad():
-            logits.append(model(*dataset.tensors[:2]).logits)
-        return 0.0
-
-    monkeypatch.setattr(example, "accuracy", watched_accuracy)
-    for mode in example.MODES:
-        example.train(way, mode, args)
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(run(way, "ghost").logits, run(way, "ghost_bk").logits, rtol=1e-2, atol=1e-2)
 
 
-def test_train_without_privacy(example, few, args, monkeypatch) -> None:
-    monkeypatch.setattr(example, "data", lambda max_tokens: few)
+def test_train_without_privacy(example, few, args) -> None:
     result = example.train("lora", None, args)
     assert result.epsilon == float("inf")
     assert result.noise_multiplier == 0
