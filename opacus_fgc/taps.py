@@ -226,17 +226,17 @@ def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterab
     found: set[Tensor] = set()
     todo = [output.grad_fn for output in outputs]
     for node in _visit(todo, {tensor.grad_fn for tensor in inputs}):
-        if isinstance(node, _TAP_NODE):
+        if type(node) is _TAP_NODE:
             edges = [edge[0] for edge in node.next_functions]
             end = 1 + len(node.pending.outputs)
             todo += edges[end:]
             # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
             for inner in _visit(edges[1:end], set(edges[end:])):
-                if isinstance(inner, _TAP_NODE):
+                if type(inner) is _TAP_NODE:
                     todo.append(inner)
                 elif _leaf(inner) in wanted and not node.pending.stands_for(inner.variable):
                     found.add(inner.variable)
-        elif isinstance(node, _REENTRANT_NODE):
+        elif type(node) is _REENTRANT_NODE:
             raise NotImplementedError(
                 "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on them; pass "
                 "use_reentrant=False"
@@ -247,15 +247,21 @@ def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterab
 
 
 def _visit(todo: list[Any], seen: set[Any]) -> Iterator[Any]:
-    """Nodes of a graph, each once: those in ``todo``, and those behind them; behind a tap only what the caller puts there."""
+    """Taps and ends of a graph, each once, from the nodes in ``todo`` on; behind a tap only what the caller puts there.
+
+    It runs over the whole graph of every step, so it is kept light.
+    """
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if not isinstance(node, _TAP_NODE):
-            todo += [edge[0] for edge in node.next_functions]
-        yield node
+        edges = () if type(node) is _TAP_NODE else node.next_functions
+        if edges and type(node) is not _REENTRANT_NODE:
+            for edge, _ in edges:
+                todo.append(edge)
+        else:
+            yield node
 
 
 def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
@@ -267,4 +273,4 @@ def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _leaf(node: Any) -> Tensor | None:
-    return None if node.next_functions else getattr(node, "variable", None)
+    return getattr(node, "variable", None)
