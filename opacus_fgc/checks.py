@@ -7,6 +7,7 @@ from typing import Any
 
 from opacus.utils.module_utils import trainable_modules
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from opacus_fgc.per_sample import PerSampleGradient
 
@@ -22,17 +23,14 @@ def describe(name: str, module: nn.Module) -> str:
     return f"layer '{name}' ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"
 
 
-def refuse_buffers(model: nn.Module) -> None:
-    """Raises a NotImplementedError if a trainable layer has buffers, other than tables of indices."""
+def refuse_running_statistics(model: nn.Module) -> None:
+    """Raises a NotImplementedError if a trainable layer keeps running statistics of the data."""
     for name, module in trainable_modules(model):
-        own = dict(module.named_buffers(recurse=False))
-        index_tables = not any(buffer.is_floating_point() for buffer in own.values())
-        buffers = [] if index_tables else list(own)
-        if buffers:
+        if isinstance(module, _NormBase) and module.track_running_stats:
             raise NotImplementedError(
-                f"{describe(name, module)} is trainable and has buffers ({', '.join(buffers)}), which may carry "
-                "one sample's data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so for batch "
-                "norms), freeze its parameters, or pass strict=False to the wrapper if its buffers are constants"
+                f"{describe(name, module)} is trainable and keeps running statistics in its buffers, which carry one sample's "
+                "data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so), or freeze its parameters "
+                "and put it in eval mode"
             )
 
 

@@ -11,7 +11,7 @@ from opacus.grad_sample import GradSampleModule
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
-from opacus_fgc.checks import check_forms, check_loss_reduction, refuse_buffers
+from opacus_fgc.checks import check_forms, check_loss_reduction, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
@@ -42,14 +42,14 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         m: the model, which goes on being used as it is.
         batch_first: whether the batch is the first axis of what the layers get, or the second, ``(K, N, ...)``.
         loss_reduction: how the loss is reduced over the batch, "mean" or "sum".
-        strict: refuse models that have buffers in a trainable layer.
+        strict: refuse models with running statistics in a trainable layer. (Other buffers are watched in every forward.)
         force_functorch: compute all per-sample gradients with `torch.func`, whatever sampler there is.
         max_grad_norm: the norm ``C`` that each sample's gradient is clipped to.
         use_ghost_clipping: norms from activations and backprops where possible. ``False`` is Fast Gradient Clipping: the
             per-sample gradients of one layer at a time are formed, for all layers.
 
     Raises:
-        NotImplementedError: if ``strict`` and a trainable layer has buffers.
+        NotImplementedError: if ``strict`` and a trainable layer keeps running statistics.
         ValueError: if ``max_grad_norm`` or ``loss_reduction`` has no meaning, or ``m`` has hooks already.
     """
 
@@ -72,7 +72,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
         self.clipping = FlatClipping(max_grad_norm)
         if strict:
-            refuse_buffers(m)
+            refuse_running_statistics(m)
         self._prepare(m, force_functorch)
         self.clipped_sum = ClippedSum()
         self._second_pass: dict[Any, Tensor] | None = None

@@ -6,7 +6,7 @@ sample by sample, or its taps would count other rows as samples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from opacus_fgc.buffers import Buffers, restored
 from opacus_fgc.taps import tensors_in
 
 
@@ -60,29 +61,19 @@ def some_samples(inputs: Any, batch_size: int, start: int, length: int, axis: in
 
 
 @contextmanager
-def undisturbed(model: nn.Module, inputs: Any) -> Iterator[list[str]]:
+def undisturbed(model: nn.Module, inputs: Any) -> Iterator[None]:
     """A context for forwards that are not the user's own: random states, buffers and training modes are as before afterwards.
 
     Args:
         model: the model.
         inputs: what it is called with.
-
-    Yields:
-        A list of the buffers that were changed, which is filled at the end.
     """
-    buffers = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
     modes = {module: module.training for module in model.modules()}
     devices = {tensor.device for tensor in tensors_in(inputs) if tensor.device.type == "cuda"}
-    changed: list[str] = []
     try:
-        with torch.random.fork_rng(devices):
-            yield changed
+        with torch.random.fork_rng(devices), restored(model):
+            yield
     finally:
-        changed += [path for path, (buffer, before) in buffers.items() if not torch.equal(buffer, before)]
-        with torch.no_grad():
-            for path in changed:
-                buffer, before = buffers[path]
-                buffer.copy_(before)
         for module, training in modes.items():
             module.training = training
 
@@ -103,15 +94,19 @@ def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[
         or does other things then.
 
     Raises:
-        NotImplementedError: if something of a sample depends on the other, or rows are not samples, or a buffer changed.
+        NotImplementedError: if something of a sample depends on the other, or rows are not samples.
     """
     runs: list[list[Seen]] = []
+
+    def once(start: int, length: int) -> list[Seen]:
+        with restored(model):
+            return run(start, length)
+
     # What the model cannot do on such batches shows, if it matters, where it runs on its own.
-    with undisturbed(model, inputs) as changed, suppress(Exception):
-        together = _repeatable(model, lambda: run(0, 2))
+    with undisturbed(model, inputs), suppress(Exception):
+        together = _repeatable(model, lambda: once(0, 2))
         if together:
-            runs = [together, run(0, 1), run(1, 1)]
-    _refuse_state(name, model, changed)
+            runs = [together, once(0, 1), once(1, 1)]
     return len(runs) == 3 and _all_compared(name, runs)
 
 
@@ -127,14 +122,45 @@ def _all_compared(name: str, runs: list[list[Seen]]) -> bool:
     return known
 
 
-def _refuse_state(name: str, model: nn.Module, changed: list[str]) -> None:
-    trainable = {path.rpartition(".")[0] for path, param in model.named_parameters() if param.requires_grad}
-    state = [path for path in changed if path.rpartition(".")[0] in trainable]
-    if state:
+def refuse_data_in_buffers(
+    name: str,
+    model: nn.Module,
+    inputs: Any,
+    before: Buffers,
+    changed: Collection[str],
+    run: Callable[[int, int], Any] | None,
+) -> None:
+    """Refuses a model whose buffers take up data.
+
+    Args:
+        name: what to call the model in errors.
+        model: the model.
+        inputs: what it was called with.
+        before: its buffers before that.
+        changed: the names of those that it changed.
+        run: as for `check_independence`; None if there are no two samples to compare.
+
+    Raises:
+        NotImplementedError: if such a buffer is not the same after one sample as after another.
+    """
+    after: list[dict[str, Tensor]] = []
+    if run is not None:
+        for sample in range(2):
+            with undisturbed(model, inputs):
+                before.restore()
+                run(sample, 1)
+                after.append({path: buffer.clone() for path, buffer in model.named_buffers() if path in changed})
+    taken_up = [path for path in changed if not after or not _equal(*(values.get(path) for values in after))]
+    if taken_up:
         raise NotImplementedError(
-            f"{name} changes its buffers {', '.join(state)} in forward, which may carry one sample's data to another's output. "
-            "Replace the layer, or freeze its parameters"
+            f"{name} changes its buffers {', '.join(sorted(taken_up))} in forward, by what it is called on. They may carry one "
+            "sample's data to another's output, and leave with the model without noise. Replace the layer "
+            "(opacus.validators.ModuleValidator.fix does so for batch norms), or keep the data out of its buffers"
         )
+
+
+def _equal(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is not None and second is not None and torch.equal(first, second)
 
 
 def _repeatable(model: nn.Module, run: Callable[[], list[Seen]]) -> list[Seen]:

@@ -15,8 +15,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from opacus_fgc.buffers import Buffers
 from opacus_fgc.checks import describe, refuse_overlap
-from opacus_fgc.independence import Seen, check_independence, look_at, some_samples, undisturbed
+from opacus_fgc.independence import (
+    Seen,
+    check_independence,
+    look_at,
+    refuse_data_in_buffers,
+    some_samples,
+    undisturbed,
+)
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
@@ -86,6 +94,8 @@ class TappedModel(OpacusHooks):
         self._outermost: nn.Module | None = None
         self._verified: set[nn.Module] = set()
         self._rows_known: bool | None = None
+        self._buffers_before = Buffers(model)
+        self._harmless: set[str] = set()
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
         self._agree(model)
@@ -200,6 +210,8 @@ class TappedModel(OpacusHooks):
             record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
             self._verify(record, module, (args, kwargs))
         self._outermost = module
+        if self._buffers_before.changed(self._module):
+            self._buffers_before = Buffers(self._module)
         if self._operations or self._ops.params:
             self._ops.enter(record.batch_size_seen)
 
@@ -208,6 +220,16 @@ class TappedModel(OpacusHooks):
         if self._outermost is module:
             self._ops.leave()
             self._outermost = None
+            if output is not None and not self._recomputing():
+                self._refuse_data_in_buffers(module, (args, kwargs))
+
+    def _refuse_data_in_buffers(self, module: nn.Module, inputs: Any) -> None:
+        changed = self._buffers_before.changed(self._module) - self._harmless
+        if changed:
+            size = self.record.batch_size_seen if self.record is not None else None
+            run = partial(self._trial_of_some, module, inputs, size) if size is not None and size > 1 else None
+            refuse_data_in_buffers(describe("", self._module), self._module, inputs, self._buffers_before, changed, run)
+            self._harmless |= changed
 
     def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
         """Before the first forward: finds what escapes the taps, and whether rows are samples; on two samples."""
@@ -224,7 +246,7 @@ class TappedModel(OpacusHooks):
                 seen: list[Seen] = []
                 self._seen = seen
                 try:
-                    outputs = tensors_in(self._trial(module, some_samples(inputs, size, start, length, axis), length))
+                    outputs = tensors_in(self._trial_of_some(module, inputs, size, start, length))
                 finally:
                     self._seen = None
                 return seen + [look_at("", output, axis, tapped=False) for output in outputs]
@@ -257,6 +279,11 @@ class TappedModel(OpacusHooks):
             self._ops.leave()
             self._outermost = None
             record.expectations, record.batch_size_seen = kept
+
+    def _trial_of_some(self, module: nn.Module, inputs: Any, size: int, start: int, length: int) -> Any:
+        """A trial on some of ``size`` samples."""
+        some = some_samples(inputs, size, start, length, 0 if self.batch_first else 1)
+        return self._trial(module, some, length)
 
     def _catch_escaped(self, inputs: Any, output: Any) -> bool:
         """Whether something escaped the taps, so that its module had to be tapped in another way."""

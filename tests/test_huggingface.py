@@ -127,6 +127,38 @@ MODELS = {
         pixels(16),
         3,
     ),
+    "swinv2": Model(
+        of("Swinv2ForImageClassification", "Swinv2Config", drop_path_rate=0.0, num_labels=3, **SWIN), pixels(16), 3
+    ),
+    "gemma": Model(
+        of(
+            "GemmaForCausalLM",
+            "GemmaConfig",
+            **SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},
+        ),
+        tokens,
+    ),
+    "mistral": Model(
+        of(
+            "MistralForCausalLM",
+            "MistralConfig",
+            **SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "sliding_window": 4},
+        ),
+        tokens,
+    ),
+    "qwen2": Model(
+        of("Qwen2ForCausalLM", "Qwen2Config", num_key_value_heads=1, vocab_size=VOCABULARY, **SIZES), tokens
+    ),
+    "distilbert": Model(
+        of(
+            "DistilBertForSequenceClassification",
+            "DistilBertConfig",
+            **{"vocab_size": VOCABULARY, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "num_labels": 3},
+            **{"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0},
+        ),
+        padded_tokens,
+        3,
+    ),
     "mamba": Model(
         of("MambaForCausalLM", "MambaConfig", vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, state_size=4),
         tokens,

@@ -189,16 +189,6 @@ def with_batch_norm() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
 
 
-class WithBuffer(nn.Linear):
-    def __init__(self) -> None:
-        super().__init__(16, 3)
-        self.register_buffer("seen", torch.zeros(()))
-
-
-def with_buffer() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), WithBuffer())
-
-
 BAD = {
     "clipping-norm-zero": (classifier, {"max_grad_norm": 0}, ValueError, "max_grad_norm is 0"),
     "clipping-norm-negative": (classifier, {"max_grad_norm": -1.0}, ValueError, "max_grad_norm is -1.0"),
@@ -219,7 +209,6 @@ BAD = {
     "clipping-per-layer": (classifier, {"clipping": "per_layer"}, NotImplementedError, "clipping is 'per_layer'"),
     "clipping-adaptive": (classifier, {"clipping": "adaptive"}, NotImplementedError, "clipping is 'adaptive'"),
     "batch-norm": (with_batch_norm, {}, ValueError, r"layer '1' \(BatchNorm2d\).*ModuleValidator.fix"),
-    "buffer": (with_buffer, {}, NotImplementedError, r"layer '1' \(WithBuffer\).*buffers"),
     "optimizer-of-another-model": (
         classifier,
         {"optimizer": torch.optim.SGD(nn.Linear(2, 7).parameters())},
@@ -248,10 +237,6 @@ def test_bad_input_is_refused_and_changes_nothing(name: str, wrap_model: bool, m
         PrivacyEngine().make_private(**keywords)
     assert [set(vars(thing)) for thing in (*model.modules(), *model.parameters())] == before
     assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_buffers_are_allowed_on_request() -> None:
-    assert GradSampleModuleFastGradientClipping(with_buffer(), strict=False)
 
 
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0}, {"loss_reduction": "none"}])

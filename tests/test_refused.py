@@ -50,16 +50,6 @@ class Averaging(Mixing):
         return (x * self.weight).mean()
 
 
-class Counting(Mixing):
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.count += 1
-        return x * self.weight
-
-
 class Product(torch.autograd.Function):
     """An operation of somebody's own, which nothing can look into."""
 
@@ -158,12 +148,6 @@ CASES = {
         [torch.arange(12.0).reshape(N, 3)],
         NotImplementedError,
         "mixes samples",
-    ),
-    "counter-in-a-layer": (
-        Counting,
-        [torch.ones(N, 3)],
-        NotImplementedError,
-        "changes its buffers count in forward",
     ),
     "parameter-hidden-from-everything": (
         lambda: nn.Sequential(nn.Linear(3, 3), Hidden()),

@@ -103,8 +103,9 @@ def find_sampler(layer: nn.Module) -> Sampler | ByOperation:
     Args:
         layer: a layer with trainable parameters of its own.
     """
-    # Torch's attention uses the weight of this layer, and never calls it.
-    if type(layer) is NonDynamicallyQuantizableLinear:
+    # Torch's attention uses the weight of the first, and never calls it. The second have a weight that is computed from their
+    # parameters by a hook (`torch.nn.utils.spectral_norm`).
+    if type(layer) is NonDynamicallyQuantizableLinear or any(isinstance(own, Tensor) for own in vars(layer).values()):
         return ByOperation()
     for base in type(layer).__mro__:
         function = norm_sampler_of(base)
