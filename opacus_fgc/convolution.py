@@ -45,6 +45,9 @@ class KernelMajor(Dense):
     def norm(self) -> Tensor:
         return torch.linalg.vector_norm(self.products, dim=(0, 2))
 
+    def select(self, samples: slice | Tensor) -> KernelMajor:
+        return KernelMajor(self.products[:, samples], self.shape)
+
     def weighted_sum(self, coef: Tensor) -> Tensor:
         return (coef.to(self.products.dtype) @ self.products).mT.reshape(self.shape)
 
@@ -95,8 +98,8 @@ class Convolution(SumOverPositions):
         positions, per_group = math.prod(self.backprops.shape[2:]), self.shape[0] // self._groups
         return self._groups, positions, per_group, math.prod(self.shape[1:])
 
-    def part(self, samples: slice) -> Convolution:
-        images, backprops = at_least_float32(self.images[samples]), at_least_float32(self.backprops[samples])
+    def select(self, samples: slice | Tensor) -> Convolution:
+        images, backprops = self.images[samples], self.backprops[samples]
         return Convolution(images, backprops, self.shape, self._stride, self._padding, self._dilation, self._groups)
 
     def temporary(self, way: Way) -> int:
@@ -137,9 +140,10 @@ class Convolution(SumOverPositions):
         pads: list[int] = []
         for size, before, points, stride in zip(self.images.shape[2:], self._padding, grid, strides, strict=True):
             pads = [before, points * stride - size - before, *pads]
-        images = F.pad(self.images, pads) if any(pads) else self.images
+        images, backprops = at_least_float32(self.images), at_least_float32(self.backprops)
+        images = F.pad(images, pads) if any(pads) else images
         gaps = [amount for reach in reversed(reaches[1:]) for amount in (0, reach)]
-        backprops = F.pad(self.backprops, gaps) if any(gaps) else self.backprops
+        backprops = F.pad(backprops, gaps) if any(gaps) else backprops
         left = backprops.flatten(2)[..., :length].unflatten(1, (self._groups, -1)).flatten(0, 1)
 
         def seen() -> Iterator[Tensor]:
@@ -183,15 +187,15 @@ class Convolution(SumOverPositions):
         )
 
     def materialize(self) -> Tensor:
-        return self.part(slice(None)).formed().materialize()
+        return self.formed().materialize()
 
     def inner(self, other: PerSampleGradient) -> Tensor:
-        return self.part(slice(None)).formed().inner(other)
+        return self.formed().inner(other)
 
     def _summable(self) -> Outer | Dense:
         """A form whose sum with others is simple: patches or gradients, whatever takes less."""
         _, positions, p, _ = self.sizes
-        return self._as_outer() if positions <= p else self.part(slice(None)).formed()
+        return self._as_outer() if positions <= p else self.formed()
 
     @classmethod
     def joined(cls, forms: Sequence[Convolution]) -> PerSampleGradient:

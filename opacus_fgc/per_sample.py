@@ -94,6 +94,10 @@ class PerSampleGradient(ABC):
         """The sum of several forms of this type (of one parameter and one batch) as one."""
 
     @abstractmethod
+    def select(self, samples: slice | Tensor) -> PerSampleGradient:
+        """The form of some of the samples: a slice of them, or those that a mask of shape ``(N,)`` has."""
+
+    @abstractmethod
     def folded(self, uses: int) -> PerSampleGradient:
         """The sum over the uses of a parameter, where row ``n * uses + u`` is use ``u`` by sample ``n``."""
 
@@ -145,6 +149,9 @@ class Dense(PerSampleGradient):
     def joined(cls, forms: Sequence[Dense]) -> Dense:
         return Dense(torch.stack([form.values for form in forms]).sum(0))
 
+    def select(self, samples: slice | Tensor) -> Dense:
+        return Dense(self.values[samples])
+
     def folded(self, uses: int) -> Dense:
         return Dense(self.values.unflatten(0, (-1, uses)).sum(1))
 
@@ -189,8 +196,7 @@ class SumOverPositions(PerSampleGradient):
         """``(groups, T, p, d)``."""
 
     @abstractmethod
-    def part(self, samples: slice) -> SumOverPositions:
-        """The form of some of the samples, float32 or wider."""
+    def select(self, samples: slice | Tensor) -> SumOverPositions: ...
 
     def temporary(self, way: Way) -> int:
         """How many elements one sample's work takes beyond what is there."""
@@ -215,10 +221,10 @@ class SumOverPositions(PerSampleGradient):
             del options[Way.KEPT]
         way = planner.cheapest(options) if self.batch_size else Way.KEPT
         if way is Way.KEPT:
-            gradients = self.part(slice(None)).formed()
+            gradients = self.formed()
             return Measured(gradients.norm(), gradients, way)
         temporary = self.temporary(way)
-        parts = [self.part(samples) for samples in planner.slices(self.batch_size, temporary)]
+        parts = [self.select(samples) for samples in planner.slices(self.batch_size, temporary)]
         norms = [part.gram().clamp(min=0).sqrt() if way is Way.GRAM else part.formed().norm() for part in parts]
         return Measured(torch.cat(norms), self if self.fits(room) else None, way, parts[0].batch_size * temporary)
 
@@ -253,11 +259,11 @@ class Outer(SumOverPositions):
     def sizes(self) -> tuple[int, int, int, int]:
         return *self.left.shape[1:], self.right.shape[3]
 
-    def part(self, samples: slice) -> Outer:
-        return Outer(at_least_float32(self.left[samples]), at_least_float32(self.right[samples]), self.shape)
+    def select(self, samples: slice | Tensor) -> Outer:
+        return Outer(self.left[samples], self.right[samples], self.shape)
 
     def gram(self) -> Tensor:
-        return _gram_inner(self.left, self.right)
+        return _gram_inner(at_least_float32(self.left), at_least_float32(self.right))
 
     def formed(self) -> Dense:
         return Dense(self.materialize())
@@ -358,6 +364,9 @@ class Rows(PerSampleGradient):
         index, values = torch.cat([form.index for form in forms], 1), torch.cat([form.values for form in forms], 1)
         return cls(index, values, forms[0].shape)
 
+    def select(self, samples: slice | Tensor) -> Rows:
+        return Rows(self.index[samples], self.values[samples], self.shape)
+
     def folded(self, uses: int) -> Rows:
         index, values = (side.unflatten(0, (-1, uses)).flatten(1, 2) for side in (self.index, self.values))
         return Rows(index, values, self.shape)
@@ -400,6 +409,9 @@ class Sum(PerSampleGradient):
     @classmethod
     def joined(cls, forms: Sequence[Sum]) -> PerSampleGradient:
         return add([term for form in forms for term in form.terms])
+
+    def select(self, samples: slice | Tensor) -> Sum:
+        return Sum([term.select(samples) for term in self.terms])
 
     def folded(self, uses: int) -> Sum:
         return Sum([term.folded(uses) for term in self.terms])
@@ -453,6 +465,9 @@ class NormOnly(PerSampleGradient):
     @classmethod
     def joined(cls, forms: Sequence[NormOnly]) -> NormOnly:
         raise NormsOnlyError
+
+    def select(self, samples: slice | Tensor) -> NormOnly:
+        return NormOnly(self.norms[samples], self.shape)
 
     def folded(self, uses: int) -> NormOnly:
         raise NormsOnlyError

@@ -134,8 +134,8 @@ def test_temporaries_are_bounded(
     monkeypatch.setattr(planner, "cheapest", lambda options: way)
     monkeypatch.setattr(planner.MEMORY, "temporary", 4 * samples * form.temporary(way))
     sizes = []
-    part = type(form).part
-    monkeypatch.setattr(type(form), "part", lambda self, s: sizes.append(s) or part(self, s))
+    select = type(form).select
+    monkeypatch.setattr(type(form), "select", lambda self, s: sizes.append(s) or select(self, s))
     measured = form.measured()
     torch.testing.assert_close(measured.norm, Dense(form.materialize()).norm())
     assert [s.stop - s.start for s in sizes[: -(-9 // samples)]] == [samples] * -(-9 // samples)
