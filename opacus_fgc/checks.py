@@ -18,6 +18,12 @@ def check_loss_reduction(loss_reduction: object) -> None:
         raise ValueError(f"loss_reduction is {loss_reduction!r}; it is either 'mean' or 'sum'")
 
 
+def check_nonfinite(nonfinite: object) -> None:
+    """Raises a ValueError if it does not say what to do about samples with inf or NaN in their gradients."""
+    if nonfinite not in ("error", "drop"):
+        raise ValueError(f"nonfinite is {nonfinite!r}; it is either 'error' or 'drop'")
+
+
 def describe(name: str, module: nn.Module) -> str:
     """What to call a layer in errors, given its name in the model."""
     return f"layer '{name}' ({type(module).__name__})" if name else f"the model itself ({type(module).__name__})"

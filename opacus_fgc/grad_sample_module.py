@@ -11,7 +11,7 @@ from opacus.grad_sample import GradSampleModule
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
-from opacus_fgc.checks import check_forms, check_loss_reduction, refuse_running_statistics
+from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
@@ -19,6 +19,7 @@ from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient, full_precision
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import Budget, Keep
+from opacus_fgc.record import Record
 from opacus_fgc.tapped_model import Tapped, TappedModel
 from opacus_fgc.taps import Call, Use, untapped
 
@@ -47,6 +48,11 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         max_grad_norm: the norm ``C`` that each sample's gradient is clipped to.
         use_ghost_clipping: norms from activations and backprops where possible. ``False`` is Fast Gradient Clipping: the
             per-sample gradients of one layer at a time are formed, for all layers.
+        nonfinite: what is done about samples whose gradient has inf or NaN in it: "error", or "drop", with which they
+            contribute exactly zero.
+
+    Attributes:
+        dropped: how many such samples were dropped so far. (Not private: it is a count of the data.)
 
     Raises:
         NotImplementedError: if ``strict`` and a trainable layer keeps running statistics.
@@ -65,12 +71,15 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         force_functorch: bool = False,
         max_grad_norm: float = 1,
         use_ghost_clipping: bool = True,
+        nonfinite: str = "error",
     ) -> None:
         # All checks come before anything is changed.
         check_loss_reduction(loss_reduction)
         if hasattr(m, "autograd_grad_sample_hooks"):
             raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
+        check_nonfinite(nonfinite)
         self.clipping = FlatClipping(max_grad_norm)
+        self.nonfinite, self.dropped = nonfinite, 0
         if strict:
             refuse_running_statistics(m)
         self._prepare(m, force_functorch)
@@ -144,6 +153,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             raise type(error)(f"{layer.name}: {error}") from error
         for param, one in measured.items():
             param._norm_sample = one.norm
+        if self.record.looking and not all(_is_finite(use.call.activations) for use in uses):
+            self.record.first_not_finite = layer.name
         self._plan.measured(layer, uses, measured)
 
     def _forms(self, module: Any, layer: Tapped, uses: Sequence[Use]) -> Forms:
@@ -221,10 +232,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 parameter past its layer.
         """
         self._check_trainable(loss_per_sample)
-        record = self._open_record()
-        record.loss_reduction, record.budget = "sum", Budget(keep)
-        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=not keep.everything, allow_unused=True)
-        norms = self.get_norm_sample()
+        norms = self._pass_to_taps(self._open_record(), loss_per_sample, keep)
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
                 f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
@@ -232,6 +240,51 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 "size, tokens, ...)"
             )
         return norms
+
+    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep) -> Tensor:
+        record.loss_reduction, record.budget = "sum", Budget(keep)
+        record.looking = not _is_finite([loss_per_sample])
+        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=not keep.everything, allow_unused=True)
+        return self.get_norm_sample()
+
+    def coefficients(self, norms: Tensor) -> Tensor:
+        """The clipping coefficients of the samples, after `first_pass`; 0 for one that is dropped.
+
+        Args:
+            norms: the norms of their gradients, shape ``(N,)``.
+
+        Returns:
+            Coefficients, shape ``(N,)``.
+
+        Raises:
+            ValueError: if a norm is inf or NaN, unless such samples are to be dropped.
+        """
+        assert self.record is not None
+        finite = torch.isfinite(norms)
+        bad = int((~finite).sum())
+        if not bad:
+            return self.clipping.coefficients(norms)
+        if self.nonfinite == "error":
+            raise ValueError(
+                f"the gradients of {bad} of {len(norms)} samples have inf or NaN in them, which no factor can clip; it shows "
+                f"first in {self._where_not_finite()}. Remove these samples from the data, lower the learning rate if the "
+                "weights have diverged, or pass nonfinite='drop', with which such samples contribute nothing"
+            )
+        self.dropped += bad
+        self.record.samples = finite
+        coef = torch.zeros_like(norms)
+        coef[finite] = self.clipping.coefficients(norms[finite])
+        return coef
+
+    def _where_not_finite(self) -> str:
+        assert self.record is not None
+        if self.record.first_not_finite:
+            return f"forward, in the input of {self.record.first_not_finite}"
+        if self.record.looking:
+            return "the loss, while the inputs of all trainable layers are finite"
+        names = {param: name for name, param in self._module.named_parameters()}
+        first = next(param for param, norm in self.record.measured() if not _is_finite([norm]))
+        return f"backward, in the gradient of {names[first]}"
 
     def _check_trainable(self, loss_per_sample: Tensor) -> None:
         if not loss_per_sample.requires_grad:
@@ -308,6 +361,11 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
         """
         assert self.record is not None
+        if self.record.samples is not None and self.record.unkept:
+            # In a second pass inf and NaN would go through all that coefficients can do.
+            samples, self.record = self.record.samples, self.record.again()
+            self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True))
+            self.record.samples = samples
         unused = dict.fromkeys(self.trainable_parameters)
         self._plan.lap()
         for param, weighted_sum in self.record.weighted_sums(coef):
@@ -344,6 +402,10 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         for param in self._module.parameters():
             if hasattr(param, "summed_grad"):
                 del param.summed_grad
+
+
+def _is_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, GradSampleModule):

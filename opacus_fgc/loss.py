@@ -44,7 +44,7 @@ def book_keeping(module: GradSampleHooksFastGradientClipping, loss_per_sample: T
 
 def _clipped_backward(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor, keep: Keep) -> None:
     module.check_accumulation()
-    coef = module.clipping.coefficients(module.first_pass(loss_per_sample, keep))
+    coef = module.coefficients(module.first_pass(loss_per_sample, keep))
     module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample))
 
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
-from opacus_fgc.checks import check_loss_reduction, describe
+from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe
 from opacus_fgc.clipping import check_max_grad_norm
 from opacus_fgc.criterion import check_criterion
 from opacus_fgc.grad_sample_module import (
@@ -52,8 +52,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
         """Makes model, optimizer, criterion and data loader private; see `opacus.PrivacyEngine.make_private`.
 
         Args:
-            **kwargs: the arguments of Opacus' method. With a mode of this package all are checked before anything is wrapped or
-                changed.
+            **kwargs: the arguments of Opacus' method, and ``nonfinite="error"`` or ``"drop"``: what is done about samples whose
+                gradient has inf or NaN in it. With a mode of this package all are checked before anything is wrapped or changed.
 
         Returns:
             ``(module, optimizer, criterion, data_loader)`` with a mode of this package: the wrapped model (with
@@ -67,9 +67,12 @@ class PrivacyEngine(OpacusPrivacyEngine):
         mode = kwargs.get("grad_sample_mode")
         if mode not in MODES:
             return super().make_private(**kwargs)
+        nonfinite = kwargs.pop("nonfinite", "error")
+        check_nonfinite(nonfinite)
         _check_arguments(**kwargs)
         module, optimizer, criterion, data_loader = super().make_private(**kwargs)
         criterion.clipped_backward = MODES[mode]
+        criterion.module.nonfinite = nonfinite
         return module, optimizer, criterion, data_loader
 
     def _prepare_model(

@@ -30,6 +30,9 @@ class Record:
         rows_known: whether all layers are known to have their rows in the order of the samples.
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
+        samples: a mask of the samples that take part in `weighted_sums`, shape ``(N,)``; None if all do.
+        looking: whether activations are searched for inf and NaN.
+        first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
 
     def __init__(self, loss_reduction: str) -> None:
@@ -40,12 +43,22 @@ class Record:
         self.rows_known = False
         self.interleave = Interleave()
         self.unkept: list[Any] = []
+        self.samples: Tensor | None = None
+        self.looking = False
+        self.first_not_finite = ""
         self._expected: dict[Any, int] = {}
         self._owners: dict[Any, int] = {}
         self._uses: dict[Any, list[Use]] = {}
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
+
+    def again(self) -> Record:
+        """A record of one more backward pass of the same forward."""
+        other = Record(self.loss_reduction)
+        other.batch_size_seen, other.rows_known = self.batch_size_seen, self.rows_known
+        other.expectations = self.expectations
+        return other
 
     @property
     def receiving(self) -> bool:
@@ -161,6 +174,10 @@ class Record:
         self._norms.update((param, per_sample.at_least_float32(zeros.to(param))) for param in missing)
         return self._norms
 
+    def measured(self) -> Iterable[tuple[Any, Tensor]]:
+        """Each parameter and its norms, in the order in which backward came to them."""
+        return self._norms.items()
+
     def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured:
         measured = form.measured(room)
         if self.loss_reduction == "mean":
@@ -180,9 +197,13 @@ class Record:
         Args:
             coef: shape ``(N,)``.
         """
+        if self.samples is not None:
+            coef = coef[self.samples]
         while self._kept:
             param = next(iter(self._kept))
             form = self._kept.pop(param)
+            if self.samples is not None:
+                form = form.select(self.samples.to(param.device))
             # The context ends before the yield: what the caller does in between is not to run under it.
             with per_sample.full_precision(param.device):
                 weighted_sum = form.weighted_sum(coef.to(param.device)).to(param.dtype)
