@@ -83,6 +83,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         if strict:
             refuse_running_statistics(m)
         self._prepare(m, force_functorch)
+        self._names = {param: name for name, param in trainable_parameters(m)}
         self.clipped_sum = ClippedSum()
         self._second_pass: dict[Any, Tensor] | None = None
         self._plan: Unwatched = UNWATCHED
@@ -110,6 +111,11 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             if self.record is None:
                 self._open_record()
             assert self.record is not None
+            if self.record.step is not None and not call.is_first_shown_to(self.record.step):
+                raise RuntimeError(
+                    f"{self._tapped(module).name}: a second backward() through one forward, in which each sample would be "
+                    "clipped, and count, twice. Add the losses and call backward() once, or call the model again"
+                )
             self.capture_backprops_hook(module, call, backprops, self.record.loss_reduction, self.batch_first)
 
     # Norms
@@ -232,7 +238,9 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 parameter past its layer.
         """
         self._check_trainable(loss_per_sample)
-        norms = self._pass_to_taps(self._open_record(), loss_per_sample, keep)
+        record = self._open_record()
+        record.step = object()
+        norms = self._pass_to_taps(record, loss_per_sample, keep)
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
                 f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
@@ -295,6 +303,12 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             raise ValueError(
                 f"{', '.join(sorted(names[param] for param in late))} did not require gradients, or was not there, when the "
                 "model was wrapped; wrap it anew with all parameters that are to be trained"
+            )
+        gone = self._names.keys() - set(self._module.parameters())
+        if gone:
+            raise ValueError(
+                f"{', '.join(sorted(self._names[param] for param in gone))} was replaced or removed since the model was wrapped, "
+                "so that the optimizer would train what the model does not use; wrap model and optimizer anew"
             )
         outside = untapped([loss_per_sample], names)
         if outside:

@@ -121,11 +121,16 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 "call enable_hooks() after the second.)"
             )
         self.module.clipped_sum.check_norm(self.max_grad_norm)
-        missing = sum(getattr(param, "summed_grad", None) is None for param in self.params)
+        names = {param: name for name, param in self.module._module.named_parameters()}
+        missing = [
+            names.get(param, f"one of shape {tuple(param.shape)} that the model does not have")
+            for param in self.params
+            if getattr(param, "summed_grad", None) is None
+        ]
         if missing:
             raise ValueError(
-                f"{missing} parameters of the optimizer have no clipped gradient: they came to it after the model was "
-                "wrapped, or were cleared. Wrap model and optimizer anew"
+                f"parameters of the optimizer without a clipped gradient: {', '.join(missing)}. They came to it after the model "
+                "was wrapped, or were cleared; wrap model and optimizer anew"
             )
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:

@@ -31,6 +31,7 @@ class Record:
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
         samples: a mask of the samples that take part in `weighted_sums`, shape ``(N,)``; None if all do.
+        step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
@@ -44,6 +45,7 @@ class Record:
         self.interleave = Interleave()
         self.unkept: list[Any] = []
         self.samples: Tensor | None = None
+        self.step: object | None = None
         self.looking = False
         self.first_not_finite = ""
         self._expected: dict[Any, int] = {}
@@ -57,7 +59,7 @@ class Record:
         """A record of one more backward pass of the same forward."""
         other = Record(self.loss_reduction)
         other.batch_size_seen, other.rows_known = self.batch_size_seen, self.rows_known
-        other.expectations = self.expectations
+        other.expectations, other.step = self.expectations, self.step
         return other
 
     @property

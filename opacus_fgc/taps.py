@@ -43,6 +43,12 @@ class Call:
         self.fingerprint = pending.fingerprint
         self.autocast = pending.autocast
 
+    def is_first_shown_to(self, receiver: Any) -> bool:
+        """Whether no other receiver has seen this call's backprops before."""
+        if self._pending.shown_to is None:
+            self._pending.shown_to = receiver
+        return self._pending.shown_to is receiver
+
     def by_sample(self, rows: Tensor) -> Tensor:
         """Puts rows of this call in the places of their samples, and 0 for samples that have none in it."""
         samples = self._pending.samples
@@ -97,7 +103,20 @@ Receiver = Callable[[Call, tuple[Tensor, ...]], None]
 class _Pending:
     """All of a call but its tensors, which autograd keeps. Made for every call of every layer, so it is kept light."""
 
-    __slots__ = ("autocast", "batch_axis", "fingerprint", "leaves", "outputs", "params", "receive", "samples", "spec")
+    __slots__ = (
+        *(
+            "autocast",
+            "batch_axis",
+            "fingerprint",
+            "leaves",
+            "outputs",
+            "params",
+            "receive",
+            "samples",
+            "shown_to",
+            "spec",
+        ),
+    )
 
     def __init__(self, params: Collection[Tensor], receive: Receiver, batch_axis: int, samples: Tensor | None) -> None:
         self.params = params
@@ -108,6 +127,7 @@ class _Pending:
         self.leaves: list[Any] | None = None
         self.spec: TreeSpec | None = None
         self.fingerprint: Any = None
+        self.shown_to: Any = None
         self.autocast = (False, torch.float32)
 
     def stands_for(self, param: Tensor) -> bool:
