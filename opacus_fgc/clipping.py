@@ -8,12 +8,15 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+# Between these, squares of what matters for a norm of that size neither vanish nor overflow in float32.
+_SMALLEST, _LARGEST = 1e-12, 1e18
+
 
 def check_max_grad_norm(value: object) -> float:
     """Returns the clipping norm as a float.
 
     Raises:
-        ValueError: if it is not one positive, finite number.
+        ValueError: if it is not one positive, finite number, or out of the range in which float32 resolves norms.
     """
     if isinstance(value, Tensor) and value.dim() == 0:
         value = value.item()
@@ -21,6 +24,10 @@ def check_max_grad_norm(value: object) -> float:
         raise ValueError(
             f"max_grad_norm is {value!r}; flat clipping needs one positive, finite number: the largest L2 norm "
             "that the gradient of one sample may have"
+        )
+    if not _SMALLEST <= float(value) <= _LARGEST:
+        raise ValueError(
+            f"max_grad_norm is {value!r}; norms of that size cannot be told in float32, take one from {_SMALLEST} to {_LARGEST}"
         )
     return float(value)
 

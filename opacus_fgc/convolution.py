@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from opacus_fgc.per_sample import Dense, Measured, Outer, PerSampleGradient, SumOverPositions, add, at_least_float32
+from opacus_fgc.per_sample import Dense, Measured, Outer, PerSampleGradient, Squares, SumOverPositions, add
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
+from opacus_fgc.precision import at_least_float32
 
 # Where the kernel sees fewer elements than this, one product of patches is faster than many small ones of shifted images.
 _FEW_SEEN = 64
@@ -160,7 +161,7 @@ class Convolution(SumOverPositions):
 
         return left, seen()
 
-    def gram(self) -> Tensor:
+    def gram(self) -> Squares:
         return self._as_outer().gram()
 
     def formed(self) -> Dense:

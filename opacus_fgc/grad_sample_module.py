@@ -16,9 +16,10 @@ from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
-from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient, full_precision
+from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import Budget, Keep
+from opacus_fgc.precision import full_precision
 from opacus_fgc.record import Record
 from opacus_fgc.tapped_model import Tapped, TappedModel
 from opacus_fgc.taps import Call, Use, untapped

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,18 +18,7 @@ from torch import Tensor
 
 from opacus_fgc import planner
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Widens half precision: a norm that under- or overflows is a privacy violation."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def full_precision(device: torch.device) -> AbstractContextManager:
-    """A context without autocast: a backward that is called under it must not compute norms in half precision."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+from opacus_fgc.precision import at_least_float32
 
 
 class Measured(NamedTuple):
@@ -75,6 +63,15 @@ class PerSampleGradient(ABC):
     @abstractmethod
     def norm(self) -> Tensor:
         """L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider."""
+
+    def norm_one_by_one(self, samples: Tensor) -> Tensor:
+        """The norms of some samples, from one gradient at a time.
+
+        Args:
+            samples: a mask of them, shape ``(N,)``.
+        """
+        ones = (self.select(slice(n, n + 1)) for n in samples.nonzero().flatten().tolist())
+        return torch.cat([Dense(one.materialize()).norm() for one in ones])
 
     @abstractmethod
     def weighted_sum(self, coef: Tensor) -> Tensor:
@@ -161,7 +158,39 @@ def _dot(first: Tensor, second: Tensor) -> Tensor:
     return torch.linalg.vecdot(first.flatten(1), second.flatten(1))
 
 
-def _gram_inner(left: Tensor, right: Tensor) -> Tensor:
+class Squares(NamedTuple):
+    """Squared norms that came of adding up what may cancel.
+
+    Attributes:
+        values: shape ``(N,)``.
+        scale: the square of what the norms would be if nothing did, or more; shape ``(N,)``.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def cancelled(self) -> Tensor:
+        """Of which samples so much cancelled that rounding is not small against what is left; a mask of shape ``(N,)``."""
+        return self.values < _CANCELLED * torch.finfo(self.values.dtype).eps * self.scale
+
+    def norm(self, exact: Callable[[Tensor], Tensor]) -> Tensor:
+        """The norms.
+
+        Args:
+            exact: computes those of the masked samples in another way, in which nothing is squared before it cancels.
+        """
+        norm = self.values.clamp(min=0).sqrt()
+        cancelled = self.cancelled()
+        if cancelled.any():
+            norm[cancelled] = exact(cancelled)
+        return norm
+
+
+# Squares are that many roundings of the scale or more, or taken for cancelled.
+_CANCELLED = 1e3
+
+
+def _gram_inner(left: Tensor, right: Tensor) -> Squares:
     """``sum_ts <left_t, left_s> <right_t, right_s>`` of each sample, from both ``(N, groups, T, *)``.
 
     Gram matrices are symmetric: where they are large, only blocks from the diagonal on are computed.
@@ -169,14 +198,17 @@ def _gram_inner(left: Tensor, right: Tensor) -> Tensor:
     positions = left.shape[2]
     blocks = 1 if positions < 96 else 2 if positions < 256 else 4
     step = -(-positions // blocks)
-    total: Tensor = left.new_zeros(len(left))
+    total, diagonal = left.new_zeros(len(left)), left.new_zeros(len(left))
     for start in range(0, positions, step):
         rows, others = slice(start, start + step), slice(start + step, None)
         left_rows, right_rows = left[:, :, rows], right[:, :, rows]
-        total = total + _dot(left_rows @ left_rows.mT, right_rows @ right_rows.mT)
+        left_gram, right_gram = left_rows @ left_rows.mT, right_rows @ right_rows.mT
+        total = total + _dot(left_gram, right_gram)
+        diagonal = diagonal + _dot(left_gram.diagonal(dim1=2, dim2=3), right_gram.diagonal(dim1=2, dim2=3))
         if start + step < positions:
             total = total + 2 * _dot(left_rows @ left[:, :, others].mT, right_rows @ right[:, :, others].mT)
-    return total
+    # By Cauchy-Schwarz, |sum_t left_t (x) right_t|^2 <= T * sum_t |left_t|^2 |right_t|^2, in each group.
+    return Squares(total, positions * diagonal)
 
 
 class SumOverPositions(PerSampleGradient):
@@ -204,8 +236,8 @@ class SumOverPositions(PerSampleGradient):
         return groups * (positions**2 if way is Way.GRAM else p * d)
 
     @abstractmethod
-    def gram(self) -> Tensor:
-        """Squared norms from Gram matrices, shape ``(N,)``."""
+    def gram(self) -> Squares:
+        """Squared norms from Gram matrices."""
 
     @abstractmethod
     def formed(self) -> Dense:
@@ -225,7 +257,7 @@ class SumOverPositions(PerSampleGradient):
             return Measured(gradients.norm(), gradients, way)
         temporary = self.temporary(way)
         parts = [self.select(samples) for samples in planner.slices(self.batch_size, temporary)]
-        norms = [part.gram().clamp(min=0).sqrt() if way is Way.GRAM else part.formed().norm() for part in parts]
+        norms = [part.gram().norm(part.norm_one_by_one) if way is Way.GRAM else part.formed().norm() for part in parts]
         return Measured(torch.cat(norms), self if self.fits(room) else None, way, parts[0].batch_size * temporary)
 
 
@@ -262,7 +294,7 @@ class Outer(SumOverPositions):
     def select(self, samples: slice | Tensor) -> Outer:
         return Outer(self.left[samples], self.right[samples], self.shape)
 
-    def gram(self) -> Tensor:
+    def gram(self) -> Squares:
         return _gram_inner(at_least_float32(self.left), at_least_float32(self.right))
 
     def formed(self) -> Dense:
@@ -391,11 +423,12 @@ class Sum(PerSampleGradient):
         return sum(term.elements for term in self.terms)
 
     def norm(self) -> Tensor:
-        total = torch.stack([term.norm().square() for term in self.terms]).sum(0)
+        norms = torch.stack([term.norm() for term in self.terms])
+        total = norms.square().sum(0)
         for i, term in enumerate(self.terms):
             for other in self.terms[:i]:
                 total = total + 2 * term.inner(other)
-        return total.clamp(min=0).sqrt()
+        return Squares(total, norms.sum(0).square()).norm(self.norm_one_by_one)
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         return torch.stack([term.weighted_sum(coef) for term in self.terms]).sum(0)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_fgc import per_sample
-from opacus_fgc.per_sample import Measured, PerSampleGradient
+from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
+from opacus_fgc.precision import at_least_float32, full_precision, without_autocast
 from opacus_fgc.taps import Interleave, Use
 
 
@@ -142,7 +142,7 @@ class Record:
             received = self._forms.setdefault(param, [])
             received.append(form)
             if len(received) == owners:
-                complete[param] = self._measure(param, per_sample.add(self._forms.pop(param)), room)
+                complete[param] = self._measure(param, add(self._forms.pop(param)), room)
         return complete
 
     def _by_sample(self, form: PerSampleGradient) -> PerSampleGradient:
@@ -169,11 +169,11 @@ class Record:
             )
         while self._forms:
             param, forms = self._forms.popitem()
-            with per_sample.full_precision(param.device):
-                self._measure(param, per_sample.add(forms), Room(everything=self.budget.keep.everything))
+            with full_precision(param.device):
+                self._measure(param, add(forms), Room(everything=self.budget.keep.everything))
         missing = [param for param in params if param not in self._norms]
         zeros = torch.zeros(self.batch_size)
-        self._norms.update((param, per_sample.at_least_float32(zeros.to(param))) for param in missing)
+        self._norms.update((param, at_least_float32(zeros.to(param))) for param in missing)
         return self._norms
 
     def measured(self) -> Iterable[tuple[Any, Tensor]]:
@@ -207,6 +207,6 @@ class Record:
             if self.samples is not None:
                 form = form.select(self.samples.to(param.device))
             # The context ends before the yield: what the caller does in between is not to run under it.
-            with per_sample.full_precision(param.device):
+            with without_autocast(param.device):
                 weighted_sum = form.weighted_sum(coef.to(param.device)).to(param.dtype)
             yield param, weighted_sum

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from opacus_fgc import per_sample, planner
+from opacus_fgc.convolution import Convolution
 from opacus_fgc.per_sample import Dense, NormOnly, Outer, PerSampleGradient, Rows, Sum
 
 N, ROWS, COLUMNS = 4, 6, 5
@@ -101,3 +102,47 @@ def test_plain_norms_cannot_be_added() -> None:
             impossible()
     with pytest.raises(NotImplementedError, match="returns norms only"):
         per_sample.add([form, form])
+
+
+def test_select(form: PerSampleGradient) -> None:
+    gradients = form.materialize()
+    mask = torch.tensor([True, False, False, True])
+    torch.testing.assert_close(form.select(mask).materialize(), gradients[mask])
+    torch.testing.assert_close(form.select(slice(1, 3)).materialize(), gradients[1:3])
+    assert not form.select(mask & ~mask).weighted_sum(torch.rand(0)).any()
+
+
+CANCELLING = {
+    "gram": lambda left, right: Outer(left, right, torch.Size((60, 50))),
+    "patches": lambda left, right: Convolution(
+        right.mT.contiguous(), left.mT.contiguous(), torch.Size((60, 50, 1)), (1,), (0,), (1,), 1
+    ),
+    "sum": lambda left, right: Sum([Outer(left, right, torch.Size((60, 50))), Dense(left.new_zeros(N, 60, 50))]),
+    "tied": lambda left, right: Sum([Outer(left[:, ::2], right[:, ::2], torch.Size((60, 50))), TiedHalf(left, right)]),
+}
+
+
+class TiedHalf(Dense):
+    """The other half of the terms, stored."""
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        super().__init__(left[:, 1::2].mT @ right[:, 1::2])
+
+
+@pytest.mark.parametrize("left_over", [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("name", CANCELLING)
+def test_terms_that_cancel(name: str, left_over: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm is right in float32 when almost nothing of a sample's terms is left."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(planner, "cheapest", lambda options: planner.Way.GRAM)
+    left = torch.randn(N, 8, 60, dtype=torch.float32)
+    right = torch.randn(N, 8, 50, dtype=torch.float32)
+    # Each second term takes away the one before it, but for a part; the first sample has an ordinary gradient.
+    left[1:, 1::2] = left[1:, ::2]
+    right[1:, 1::2] = -right[1:, ::2] * (1 - left_over)
+    expected = (left.double().mT @ right.double()).flatten(1).norm(dim=1)
+    norm = CANCELLING[name](left, right).norm()
+    assert norm.dtype == torch.float32
+    # Rounding of the terms themselves, 1e-7 of each, is all that there is.
+    terms = (left.double().norm(dim=2) * right.double().norm(dim=2)).norm(dim=1)
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-4, atol=2e-7 * terms.max().item())

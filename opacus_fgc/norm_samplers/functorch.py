@@ -11,7 +11,8 @@ from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opacus_fgc.norm_samplers.registry import Forms
-from opacus_fgc.per_sample import Dense, add, at_least_float32
+from opacus_fgc.per_sample import Dense, add
+from opacus_fgc.precision import at_least_float32
 from opacus_fgc.taps import Call, Interleave, Use
 
 
