@@ -253,8 +253,15 @@ class GradSampleHooksFastGradientClipping(TappedModel):
     def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep) -> Tensor:
         record.loss_reduction, record.budget = "sum", Budget(keep)
         record.looking = not _is_finite([loss_per_sample])
-        torch.autograd.grad(loss_per_sample.sum(), self._anchor, retain_graph=not keep.everything, allow_unused=True)
-        return self.get_norm_sample()
+        try:
+            torch.autograd.grad(
+                loss_per_sample.sum(), self._anchor, retain_graph=not keep.everything, allow_unused=True
+            )
+            return self.get_norm_sample()
+        except BaseException:
+            # Half a pass is of no use to any other, and holds activations.
+            self.record = None
+            raise
 
     def coefficients(self, norms: Tensor) -> Tensor:
         """The clipping coefficients of the samples, after `first_pass`; 0 for one that is dropped.
@@ -359,7 +366,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             # Half a sum is of no use to any step.
             for param in self.trainable_parameters:
                 param.summed_grad = None
-            self.clipped_sum = ClippedSum()
+            self.clipped_sum, self.record = ClippedSum(), None
             raise
 
     def clipped_gradients(self, coef: Tensor, loss_per_sample: Tensor) -> Iterator[tuple[Any, Tensor | None]]:

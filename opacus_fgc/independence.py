@@ -7,7 +7,7 @@ sample by sample, or its taps would count other rows as samples.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.buffers import Buffers, restored
 from opacus_fgc.taps import tensors_in
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""What says nothing about a model whose forward fails with it."""
 
 
 class Seen(NamedTuple):
@@ -102,11 +105,16 @@ def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[
         with restored(model):
             return run(start, length)
 
-    # What the model cannot do on such batches shows, if it matters, where it runs on its own.
-    with undisturbed(model, inputs), suppress(Exception):
-        together = _repeatable(model, lambda: once(0, 2))
-        if together:
-            runs = [together, once(0, 1), once(1, 1)]
+    with undisturbed(model, inputs):
+        try:
+            together = _repeatable(model, lambda: once(0, 2))
+            if together:
+                runs = [together, once(0, 1), once(1, 1)]
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            # What the model cannot do on such batches shows, if it matters, where it runs on its own.
+            return False
     return len(runs) == 3 and _all_compared(name, runs)
 
 

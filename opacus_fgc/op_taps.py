@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from opacus_fgc.attention import multi_head_attention
@@ -100,9 +100,11 @@ class OpTaps(TorchFunctionMode):
         """Ends it, if it began."""
         if self.active:
             self._batch_sizes.clear()
-            self.__exit__(None, None, None)
-            if self._compiled:
-                self._stance.__exit__(None, None, None)
+            # A copy of a model that was interrupted has been entered by none.
+            if _get_current_function_mode() is self:
+                self.__exit__(None, None, None)
+                if self._compiled:
+                    self._stance.__exit__(None, None, None)
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether a tensor is known to be computed from parameters and constants alone."""

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from opacus_fgc.buffers import Buffers
 from opacus_fgc.checks import describe, refuse_overlap
 from opacus_fgc.independence import (
+    OUT_OF_MEMORY,
     Seen,
     check_independence,
     look_at,
@@ -260,6 +261,8 @@ class TappedModel(OpacusHooks):
             with undisturbed(self._module, inputs):
                 try:
                     output = self._trial(module, inputs, size)
+                except OUT_OF_MEMORY:
+                    raise
                 except Exception:
                     return False
             if not self._catch_escaped(inputs, output):
