@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import chain
 from typing import Any
 
@@ -74,6 +75,45 @@ class PrivacyEngine(OpacusPrivacyEngine):
         criterion.clipped_backward = MODES[mode]
         criterion.module.nonfinite = nonfinite
         return module, optimizer, criterion, data_loader
+
+    def save_checkpoint(self, *, path: Any, **kwargs: Any) -> None:
+        """Saves model, optimizer and budget; see `opacus.PrivacyEngine.save_checkpoint`.
+
+        A file is replaced as a whole, so that a run that is killed while it saves leaves the checkpoint before.
+
+        Args:
+            path: a path, or a file that is open for writing.
+            **kwargs: the other arguments of Opacus' method.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            super().save_checkpoint(path=path, **kwargs)
+            return
+        unfinished = f"{os.fspath(path)}.unfinished"
+        with open(unfinished, "wb") as file:
+            super().save_checkpoint(path=file, **kwargs)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+    def load_checkpoint(self, *, optimizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Restores model, optimizer and budget; see `opacus.PrivacyEngine.load_checkpoint`.
+
+        Torch's generators, and the optimizer's own, are seeded anew by the system. A script that sets a seed when it starts
+        would draw for the next steps the noise of its first ones, and noise that is used twice hides nothing.
+
+        Args:
+            optimizer: the optimizer to restore.
+            **kwargs: the other arguments of Opacus' method.
+
+        Returns:
+            The checkpoint.
+        """
+        checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
+        if isinstance(optimizer, DPOptimizerFastGradientClipping):
+            torch.seed()
+            if optimizer.generator is not None:
+                optimizer.generator.seed()
+        return checkpoint
 
     def _prepare_model(
         self,
