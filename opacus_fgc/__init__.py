@@ -6,6 +6,7 @@ from opacus_fgc.grad_sample_module import (
     GradSampleModuleFastGradientClipping,
     create_norm_sample,
 )
+from opacus_fgc.grad_scaler import GradScaler
 from opacus_fgc.loss import DPLossFastGradientClipping, DPTensorFastGradientClipping
 from opacus_fgc.norm_samplers import NORM_SAMPLERS, register_norm_sampler
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
@@ -21,6 +22,7 @@ __all__ = [
     "DPTensorFastGradientClipping",
     "GradSampleHooksFastGradientClipping",
     "GradSampleModuleFastGradientClipping",
+    "GradScaler",
     "PrivacyEngine",
     "create_norm_sample",
     "register_norm_sampler",

@@ -42,6 +42,10 @@ class ClippedSum:
                 gradient = torch.zeros_like(param)
             elif gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
+            if gradient.dtype is torch.float16 and not torch.isfinite(gradient).all():
+                raise ValueError(
+                    "the clipped sum overflows in float16; take a smaller max_grad_norm, or float32 parameters under autocast"
+                )
             summed = getattr(param, "summed_grad", None)
             if summed is None:
                 param.summed_grad = gradient.detach()

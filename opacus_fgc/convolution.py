@@ -13,7 +13,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from opacus_fgc.per_sample import Dense, Measured, Outer, PerSampleGradient, Squares, SumOverPositions, add
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-from opacus_fgc.precision import at_least_float32
+from opacus_fgc.precision import at_least_float32, without_float16
 
 # Where the kernel sees fewer elements than this, one product of patches is faster than many small ones of shifted images.
 _FEW_SEEN = 64
@@ -181,11 +181,10 @@ class Convolution(SumOverPositions):
     def weighted_sum(self, coef: Tensor) -> Tensor:
         if self.batch_size == 0:
             return self.backprops.new_zeros(self.shape)
-        coef = coef.to(self.backprops.dtype).view(-1, *[1] * (self.backprops.dim() - 1))
+        images, backprops = without_float16(self.images), without_float16(self.backprops)
+        coef = coef.to(backprops.dtype).view(-1, *[1] * (backprops.dim() - 1))
         kernel = _WEIGHT_GRADIENTS[len(self._stride)]
-        return kernel(
-            self.images, self.shape, coef * self.backprops, self._stride, self._padding, self._dilation, self._groups
-        )
+        return kernel(images, self.shape, coef * backprops, self._stride, self._padding, self._dilation, self._groups)
 
     def materialize(self) -> Tensor:
         return self.formed().materialize()

@@ -18,7 +18,7 @@ from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
-from opacus_fgc.planner import Budget, Keep
+from opacus_fgc.planner import NOTHING, Budget, Keep
 from opacus_fgc.precision import full_precision
 from opacus_fgc.record import Record
 from opacus_fgc.tapped_model import Tapped, TappedModel
@@ -223,12 +223,14 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         self._second_pass = {}
         return coef
 
-    def first_pass(self, loss_per_sample: Tensor, keep: Keep = Keep()) -> Tensor:  # noqa: B008 - frozen
+    def first_pass(self, loss_per_sample: Tensor, keep: Keep = NOTHING, loss_scale: float = 1.0) -> Tensor:
         """Backward to the taps alone, without any weight gradient.
 
         Args:
             loss_per_sample: one loss a sample, shape ``(N,)``.
             keep: what is kept for `clipped_gradients`. Where that is everything, the graph is given up.
+            loss_scale: what the losses are multiplied with, and gradients and norms divided by, so that backprops do not vanish
+                in float16.
 
         Returns:
             The norm of each sample's gradient, shape ``(N,)``.
@@ -240,7 +242,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         """
         self._check_trainable(loss_per_sample)
         record = self._open_record()
-        record.step = object()
+        record.step, record.loss_scale = object(), loss_scale
         norms = self._pass_to_taps(record, loss_per_sample, keep)
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
@@ -254,9 +256,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         record.loss_reduction, record.budget = "sum", Budget(keep)
         record.looking = not _is_finite([loss_per_sample])
         try:
-            torch.autograd.grad(
-                loss_per_sample.sum(), self._anchor, retain_graph=not keep.everything, allow_unused=True
-            )
+            loss = record.loss_scale * loss_per_sample.sum()
+            torch.autograd.grad(loss, self._anchor, retain_graph=not keep.everything, allow_unused=True)
             return self.get_norm_sample()
         except BaseException:
             # Half a pass is of no use to any other, and holds activations.
@@ -397,12 +398,21 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         rest = self.record.unkept
         if rest:
             with self.hooks_off():
-                gradients = torch.autograd.grad(
-                    (coef.to(loss_per_sample) * loss_per_sample).sum(), rest, allow_unused=True
-                )
-            unused.update(zip(rest, gradients, strict=True))
+                weighted = self.record.loss_scale * (coef.to(loss_per_sample) * loss_per_sample).sum()
+                gradients = torch.autograd.grad(weighted, rest, allow_unused=True)
+            unused.update(zip(rest, map(self._unscaled, gradients), strict=True))
             self._plan.second_pass(rest)
         yield from unused.items()
+
+    def _unscaled(self, gradient: Tensor | None) -> Tensor | None:
+        assert self.record is not None
+        if gradient is None or self.record.loss_scale == 1:
+            return gradient
+        if not _is_finite([gradient]):
+            raise ValueError(
+                f"the clipped sum overflows when it is scaled by {self.record.loss_scale:g}; take a smaller init_scale"
+            )
+        return gradient / self.record.loss_scale
 
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
         """Hook of each parameter: sees the gradients of a second pass that is written by hand."""

@@ -15,10 +15,12 @@ from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.planner import MEMORY, Keep
 
-Backward = Callable[[GradSampleHooksFastGradientClipping, Tensor], None]
+Backward = Callable[[GradSampleHooksFastGradientClipping, Tensor, float], None]
 
 
-def double_backward(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor) -> None:
+def double_backward(
+    module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor, loss_scale: float = 1.0
+) -> None:
     """Ghost clipping: one backward pass for the norms, one for the clipped sum (Li et al. 2022, arXiv:2110.05679).
 
     What the first pass can keep in little room is spared the second; see `planner.Memory`.
@@ -26,11 +28,12 @@ def double_backward(module: GradSampleHooksFastGradientClipping, loss_per_sample
     Args:
         module: the wrapped model, or the hooks on it.
         loss_per_sample: one loss a sample, shape ``(N,)``.
+        loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
     """
-    _clipped_backward(module, loss_per_sample, MEMORY.ghost)
+    _clipped_backward(module, loss_per_sample, loss_scale, MEMORY.ghost)
 
 
-def book_keeping(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor) -> None:
+def book_keeping(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor, loss_scale: float = 1.0) -> None:
     """Book-keeping: one backward pass, whose activations and backprops give both the norms and the clipped sum.
 
     Bu et al. 2023, arXiv:2210.00038.
@@ -38,13 +41,16 @@ def book_keeping(module: GradSampleHooksFastGradientClipping, loss_per_sample: T
     Args:
         module: the wrapped model, or the hooks on it.
         loss_per_sample: one loss a sample, shape ``(N,)``.
+        loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
     """
-    _clipped_backward(module, loss_per_sample, MEMORY.ghost_bk)
+    _clipped_backward(module, loss_per_sample, loss_scale, MEMORY.ghost_bk)
 
 
-def _clipped_backward(module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor, keep: Keep) -> None:
+def _clipped_backward(
+    module: GradSampleHooksFastGradientClipping, loss_per_sample: Tensor, loss_scale: float, keep: Keep
+) -> None:
     module.check_accumulation()
-    coef = module.coefficients(module.first_pass(loss_per_sample, keep))
+    coef = module.coefficients(module.first_pass(loss_per_sample, keep, loss_scale))
     module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample))
 
 
@@ -60,6 +66,7 @@ class DPTensorFastGradientClipping(OpacusTensor):
         loss_per_sample: shape ``(N,)``.
         loss_reduction: "mean" or "sum": what `item` and `detach` show.
         backward: how the clipped sum is computed.
+        loss_scale: what the losses are multiplied with in `backward`; see `GradScaler`.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class DPTensorFastGradientClipping(OpacusTensor):
         loss_per_sample: Tensor,
         loss_reduction: str = "mean",
         backward: Backward = double_backward,
+        loss_scale: float = 1.0,
     ) -> None:
         check_loss_reduction(loss_reduction)
         if loss_per_sample.dim() != 1:
@@ -77,6 +85,7 @@ class DPTensorFastGradientClipping(OpacusTensor):
             )
         super().__init__(module, optimizer, loss_per_sample, loss_reduction)
         self._backward = backward
+        self.loss_scale = loss_scale
 
     def backward(self) -> None:
         """Adds the sum of the clipped per-sample gradients to the parameters' ``summed_grad``, for `optimizer.step()`.
@@ -87,7 +96,7 @@ class DPTensorFastGradientClipping(OpacusTensor):
                 to do.
             RuntimeError: if the loss does not depend on the wrapped model.
         """
-        self._backward(self.module, self.loss_per_sample)
+        self._backward(self.module, self.loss_per_sample, self.loss_scale)
 
     def _with(self, loss_per_sample: Tensor) -> DPTensorFastGradientClipping:
         if loss_per_sample.shape != self.loss_per_sample.shape:
@@ -96,8 +105,14 @@ class DPTensorFastGradientClipping(OpacusTensor):
                 "losses with numbers, with one weight a sample, or with losses of the same samples"
             )
         return DPTensorFastGradientClipping(
-            self.module, self.optimizer, loss_per_sample, self.loss_reduction, self._backward
+            self.module, self.optimizer, loss_per_sample, self.loss_reduction, self._backward, self.loss_scale
         )
+
+    def scaled(self, loss_scale: float) -> DPTensorFastGradientClipping:
+        """The same loss, whose gradients are computed as ``loss_scale`` times what they are, and divided by it."""
+        loss = self._with(self.loss_per_sample)
+        loss.loss_scale = loss_scale
+        return loss
 
     def _operand(self, other: Any) -> Any:
         if isinstance(other, OpacusTensor):

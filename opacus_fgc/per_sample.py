@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opacus_fgc import planner
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-from opacus_fgc.precision import at_least_float32
+from opacus_fgc.precision import at_least_float32, without_float16
 
 
 class Measured(NamedTuple):
@@ -309,7 +309,7 @@ class Outer(SumOverPositions):
         return Measured(norm, self if self.fits(room) else None, Way.CLOSED)
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
-        left, right = self.left, self.right
+        left, right = without_float16(self.left), without_float16(self.right)
         coef = coef.to(left.dtype)[:, None, None, None]
         if left.shape[3] < right.shape[3]:
             left = left * coef
@@ -373,8 +373,9 @@ class Rows(PerSampleGradient):
         return values.new_zeros(self.batch_size).index_add_(0, keys // self.shape[0], squares).sqrt()
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
-        values = self.values * coef.to(self.values.dtype)[:, None, None]
-        return self.values.new_zeros(self.shape).index_add_(0, self.index.flatten(), values.flatten(0, 1))
+        values = without_float16(self.values)
+        values = values * coef.to(values.dtype)[:, None, None]
+        return values.new_zeros(self.shape).index_add_(0, self.index.flatten(), values.flatten(0, 1))
 
     def materialize(self) -> Tensor:
         values = at_least_float32(self.values)

@@ -53,6 +53,9 @@ class Keep:
     everything: bool = False
 
 
+NOTHING = Keep()
+
+
 class Budget:
     """What a first pass may keep, told layer by layer.
 
@@ -60,7 +63,7 @@ class Budget:
         keep: the bounds.
     """
 
-    def __init__(self, keep: Keep = Keep()) -> None:
+    def __init__(self, keep: Keep = NOTHING) -> None:
         self.keep = keep
         self._left = 0.0
 

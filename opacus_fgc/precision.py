@@ -16,6 +16,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
+def without_float16(tensor: Tensor) -> Tensor:
+    """Widens float16, whose range is too small for what clipping coefficients and scaled losses do to backprops."""
+    return tensor.float() if tensor.dtype is torch.float16 else tensor
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast, also in a backward that is called under it."""
     if torch.is_autocast_enabled(device.type):

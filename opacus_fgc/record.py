@@ -24,6 +24,7 @@ class Record:
         loss_reduction: how the loss of the pass that brings the backprops is reduced over the batch, "mean" or "sum".
 
     Attributes:
+        loss_scale: what the losses were multiplied with for this pass.
         budget: what may be kept for `weighted_sums`.
         batch_size: number of samples, None before the first backprop.
         batch_size_seen: number of samples that the model was called on, None where it does not show.
@@ -38,6 +39,7 @@ class Record:
 
     def __init__(self, loss_reduction: str) -> None:
         self.loss_reduction = loss_reduction
+        self.loss_scale = 1.0
         self.budget = Budget()
         self.batch_size: int | None = None
         self.batch_size_seen: int | None = None
@@ -58,6 +60,7 @@ class Record:
     def again(self) -> Record:
         """A record of one more backward pass of the same forward."""
         other = Record(self.loss_reduction)
+        other.loss_scale = self.loss_scale
         other.batch_size_seen, other.rows_known = self.batch_size_seen, self.rows_known
         other.expectations, other.step = self.expectations, self.step
         return other
@@ -182,8 +185,9 @@ class Record:
 
     def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured:
         measured = form.measured(room)
-        if self.loss_reduction == "mean":
-            measured = measured._replace(norm=measured.norm * len(measured.norm))
+        factor = (len(measured.norm) if self.loss_reduction == "mean" else 1) / self.loss_scale
+        if factor != 1:
+            measured = measured._replace(norm=measured.norm * factor)
         self._norms[param] = measured.norm
         if measured.kept is None:
             self.unkept.append(param)
@@ -208,5 +212,5 @@ class Record:
                 form = form.select(self.samples.to(param.device))
             # The context ends before the yield: what the caller does in between is not to run under it.
             with without_autocast(param.device):
-                weighted_sum = form.weighted_sum(coef.to(param.device)).to(param.dtype)
-            yield param, weighted_sum
+                weighted_sum = form.weighted_sum(coef.to(param.device))
+            yield param, (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(param.dtype)
