@@ -1,5 +1,6 @@
 """Differentially private training with the memory of ordinary training: fast ghost clipping for Opacus."""
 
+from opacus_fgc.check import CheckReport, check
 from opacus_fgc.criterion import CausalLMLoss
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
@@ -16,12 +17,14 @@ __version__ = "0.1.0"
 __all__ = [
     "NORM_SAMPLERS",
     "CausalLMLoss",
+    "CheckReport",
     "DPLossFastGradientClipping",
     "DPOptimizerFastGradientClipping",
     "DPTensorFastGradientClipping",
     "GradSampleHooksFastGradientClipping",
     "GradSampleModuleFastGradientClipping",
     "PrivacyEngine",
+    "check",
     "create_norm_sample",
     "register_norm_sampler",
 ]
