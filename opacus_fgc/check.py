@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc.buffers import restored
+from opacus_fgc.grad_sample_module import GradSampleModuleFastGradientClipping
 from opacus_fgc.loss import DPLossFastGradientClipping
-from opacus_fgc.privacy_engine import MODES, PrivacyEngine
+from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
+from opacus_fgc.privacy_engine import MODES
 from opacus_fgc.taps import leaves_of, tensors_in
 
 
@@ -209,12 +209,11 @@ def check(
     chosen = _chosen_samples(subject.batch_size, samples)
     tensors = [*inner.parameters(), *inner.buffers(), *tensors_in((subject.inputs, target))]
     devices = sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), torch.enable_grad():
         subject, tolerance = _repeatable(subject, chosen, devices)
-        if max_grad_norm is None:
-            # Some samples are clipped and some are not; one alone is.
-            max_grad_norm = 0.99 * _steps(subject, chosen, modes[0], 1.0).total_norms.mean().item() or 1.0
-        steps = [_steps(subject, chosen, mode, max_grad_norm, leave_out=True) for mode in modes]
+        max_grad_norm, steps = _steps(subject, chosen, modes, max_grad_norm)
+        # The model that was wrapped is in cycles; it makes room for the oracle's.
+        gc.collect()
         report = _compared(subject, chosen, steps, max_grad_norm, tolerance)
     trainable = [param for param in inner.parameters() if param.requires_grad]
     report.notes = [
@@ -264,8 +263,6 @@ class _Subject:
 
     def copies(self) -> tuple[nn.Module, Callable[..., Any]]:
         """A copy of the model, without Opacus' hooks, and one of the criterion."""
-        # What was wrapped is in cycles, and goes only now.
-        gc.collect()
         # The hooks hold what wraps the model, so they are replaced by something else in the copy before they are removed from it.
         memo: dict[int, Any] = {id(hook.hooks_dict_ref()[hook.id]): None for hook in self.hooks}
         try:
@@ -435,7 +432,6 @@ class _Steps(NamedTuple):
     Attributes:
         losses: shape ``(N,)``.
         norms: of each parameter by name, shape ``(N,)``.
-        total_norms: over all parameters, shape ``(N,)``.
         coefficients: shape ``(N,)``.
         sums: the clipped sum of each parameter by name.
         contribution: the largest norm of the difference that one sample makes to the clipped sum.
@@ -443,56 +439,65 @@ class _Steps(NamedTuple):
 
     losses: Tensor
     norms: dict[str, Tensor]
-    total_norms: Tensor
     coefficients: Tensor
     sums: dict[str, Tensor]
     contribution: float
 
 
 def _steps(
-    subject: _Subject, samples: Sequence[int], mode: str, max_grad_norm: float, leave_out: bool = False
-) -> _Steps:
-    """A clipped backward pass, and one without each of the samples if ``leave_out``; as a user's loop does it."""
+    subject: _Subject, samples: Sequence[int], modes: Sequence[str], max_grad_norm: float | None
+) -> tuple[float, list[_Steps]]:
+    """In each mode a clipped backward pass, and one without each of the samples; and the clipping norm, if none is given."""
     model, criterion = subject.copies()
     params: dict[str, Any] = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    modes = {module: module.training for module in model.modules()}
-    with warnings.catch_warnings():
-        # Opacus warns that its noise is not cryptographically safe; there is none.
-        warnings.simplefilter("ignore")
-        wrapped, optimizer, private, _ = PrivacyEngine().make_private(
-            module=model.train(),
-            optimizer=torch.optim.SGD(params.values(), lr=0.0),
-            criterion=criterion,
-            data_loader=DataLoader(TensorDataset(torch.zeros(len(samples)))),
-            noise_multiplier=0.0,
-            max_grad_norm=max_grad_norm,
-            batch_first=subject.batch_first,
-            loss_reduction=subject.reduction,
-            poisson_sampling=False,
-            grad_sample_mode=mode,
-        )
-    for module, training in modes.items():
-        module.training = training
+    given = 1.0 if max_grad_norm is None else max_grad_norm
+    wrapped = GradSampleModuleFastGradientClipping(
+        model, batch_first=subject.batch_first, loss_reduction=subject.reduction, max_grad_norm=given
+    )
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(params.values(), lr=0.0),
+        noise_multiplier=0.0,
+        max_grad_norm=given,
+        expected_batch_size=len(samples),
+        loss_reduction=subject.reduction,
+    )
+    private = DPLossFastGradientClipping(wrapped, optimizer, criterion, subject.reduction)
 
-    def clipped_sum(some: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
-        optimizer.zero_grad()
+    def clipped_sum(some: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         args, kwargs, target = subject.batch(some)
         with restored(model):
             loss = private(wrapped(*args, **kwargs), target)
             loss.backward()
-        return loss.loss_per_sample.detach(), {name: param.summed_grad for name, param in params.items()}
+        sums = {name: param.summed_grad for name, param in params.items()}
+        optimizer.zero_grad()
+        return loss.loss_per_sample.detach(), sums
 
-    losses, sums = clipped_sum(samples)
-    norms = {name: param._norm_sample for name, param in params.items()}
-    total_norms = wrapped.per_sample_gradient_norms
-    coefficients = wrapped.clipping.coefficients(total_norms)
-    contributions = [0.0]
-    for sample in samples if leave_out else ():
-        rest = [other for other in samples if other != sample]
-        others = clipped_sum(rest)[1] if rest else {name: torch.zeros_like(sums[name]) for name in sums}
-        moved = [torch.linalg.vector_norm(sums[name] - others[name], dtype=torch.float64) for name in sums]
-        contributions.append(torch.stack(moved).norm().item())
-    return _Steps(losses, norms, total_norms, coefficients, sums, _largest(contributions))
+    if max_grad_norm is None:
+        clipped_sum(samples)
+        # Some samples are clipped and some are not; one alone is.
+        optimizer.max_grad_norm = 0.99 * wrapped.per_sample_gradient_norms.mean().item() or 1.0
+    steps = []
+    for mode in modes:
+        private.clipped_backward = MODES[mode]
+        losses, sums = clipped_sum(samples)
+        norms = {name: param._norm_sample for name, param in params.items()}
+        coefficients = wrapped.clipping.coefficients(wrapped.per_sample_gradient_norms)
+        moved = [_moved(sums, clipped_sum, samples, sample) for sample in samples]
+        steps.append(_Steps(losses, norms, coefficients, sums, _largest(moved)))
+    return optimizer.max_grad_norm, steps
+
+
+def _moved(sums: dict[str, Tensor], clipped_sum: Callable, samples: Sequence[int], sample: int) -> float:
+    """The norm of the difference that a sample makes to the clipped sum."""
+    others = [other for other in samples if other != sample]
+    try:
+        rest = clipped_sum(others)[1] if others else {}
+    except Exception as error:
+        raise ValueError(
+            f"without sample {sample} the batch cannot be run, so that nothing can be compared: {error}"
+        ) from error
+    differences = [total - rest[name] if others else total for name, total in sums.items()]
+    return torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64) for one in differences]).norm().item()
 
 
 # The oracle
