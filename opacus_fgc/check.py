@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -244,7 +245,7 @@ class _Subject:
         reduction: of the loss, "mean" or "sum".
         trained: names of the parameters that are compared; all others are frozen in the copies.
         dtype: of the copies; None for the model's own.
-        eval: whether the copies are put into eval mode.
+        eval_mode: whether the copies are put into eval mode.
         notes: what has to be said of all this.
     """
 
@@ -258,13 +259,14 @@ class _Subject:
     reduction: str
     trained: frozenset[str]
     dtype: torch.dtype | None
-    eval: bool = False
+    eval_mode: bool = False
     notes: tuple[str, ...] = ()
 
     def copies(self) -> tuple[nn.Module, Callable[..., Any]]:
         """A copy of the model, without Opacus' hooks, and one of the criterion."""
         # The hooks hold what wraps the model, so they are replaced by something else in the copy before they are removed from it.
-        memo: dict[int, Any] = {id(hook.hooks_dict_ref()[hook.id]): None for hook in self.hooks}
+        memo: dict[int, Any] = {id((hook.hooks_dict_ref() or {}).get(hook.id)): ... for hook in self.hooks}
+        memo.pop(id(None), None)
         try:
             # Together, for a criterion that has the model in it.
             model, criterion, hooks = copy.deepcopy((self.model, self.criterion, list(self.hooks)), memo)
@@ -282,7 +284,7 @@ class _Subject:
         for name, param in model.named_parameters():
             if name not in self.trained:
                 param.requires_grad_(False)
-        return (model.eval() if self.eval else model), criterion
+        return (model.eval() if self.eval_mode else model), criterion
 
     def batch(self, samples: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
         """A copy of some samples: positional and keyword arguments of the model, and the target."""
@@ -300,10 +302,9 @@ class _Subject:
         return tree_map_only(Tensor, rows, tree)
 
     def loss(self, model: nn.Module, criterion: Callable[..., Any], samples: Sequence[int]) -> Tensor:
-        """The user's own loss, shape ``()``; buffers are left as they were."""
+        """The user's own loss, shape ``()``."""
         args, kwargs, target = self.batch(samples)
-        with restored(model):
-            loss = criterion(model(*args, **kwargs), target)
+        loss = criterion(model(*args, **kwargs), target)
         if not isinstance(loss, Tensor):
             raise ValueError(f"the criterion returns {type(loss).__name__}, not a tensor")
         return getattr(loss, self.reduction)() if loss.dim() else loss
@@ -390,7 +391,7 @@ def _repeatable(subject: _Subject, samples: Sequence[int], devices: Sequence[int
         coarsest, same = _run_twice(subject, samples, devices)
     if not same:
         note = "in eval mode, since the model draws random numbers in training mode"
-        subject = replace(subject, eval=True, notes=(*subject.notes, note))
+        subject = replace(subject, eval_mode=True, notes=(*subject.notes, note))
         coarsest, same = _run_twice(subject, samples, devices)
     if not same:
         raise ValueError(
@@ -405,9 +406,10 @@ def _run_twice(subject: _Subject, samples: Sequence[int], devices: Sequence[int]
     """The coarsest type of a forward, and whether it has the same result twice and draws no random numbers."""
     model, criterion = subject.copies()
     before = _random_states(devices)
-    with _Precision() as precision:
+    with restored(model), _Precision() as precision:
         first = subject.loss(model, criterion, samples)
-    second = subject.loss(model, criterion, samples)
+    with restored(model):
+        second = subject.loss(model, criterion, samples)
     theirs = set(subject.model.parameters()).intersection(leaves_of([first]))
     if theirs:
         shapes = ", ".join(str(tuple(param.shape)) for param in theirs)
@@ -497,7 +499,7 @@ def _moved(sums: dict[str, Tensor], clipped_sum: Callable, samples: Sequence[int
             f"without sample {sample} the batch cannot be run, so that nothing can be compared: {error}"
         ) from error
     differences = [total - rest[name] if others else total for name, total in sums.items()]
-    return torch.stack([torch.linalg.vector_norm(one, dtype=torch.float64) for one in differences]).norm().item()
+    return math.hypot(*(torch.linalg.vector_norm(one, dtype=torch.float64).item() for one in differences))
 
 
 # The oracle
@@ -508,25 +510,19 @@ def _alone(subject: _Subject, samples: Sequence[int]) -> Iterator[tuple[Tensor, 
     model, criterion = subject.copies()
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     for sample in samples:
-        try:
-            loss = subject.loss(model, criterion, [sample])
-        except Exception as error:
-            raise ValueError(
-                f"sample {sample} cannot be run alone, so there is nothing to compare it with: {error}"
-            ) from error
-        if not torch.isfinite(loss):
-            raise ValueError(f"the loss of sample {sample} alone is {loss.item()}; check without it")
-        found = (
-            torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-            if loss.requires_grad
-            else [None] * len(params)
-        )
-        # A parameter that the loss does not use is left out.
-        gradients = {name: gradient for name, gradient in zip(params, found, strict=True) if gradient is not None}
-        yield (
-            loss.detach(),
-            {name: gradient.to_dense() if gradient.is_sparse else gradient for name, gradient in gradients.items()},
-        )
+        with restored(model):
+            try:
+                loss = subject.loss(model, criterion, [sample])
+            except Exception as error:
+                raise ValueError(
+                    f"sample {sample} cannot be run alone, so that there is nothing to compare it with: {error}"
+                ) from error
+            if not torch.isfinite(loss):
+                raise ValueError(f"the loss of sample {sample} alone is {loss.item()}; check without it")
+            # What the loss does not use has no gradient.
+            used = torch.autograd.grad(loss, list(params.values()), allow_unused=True) if loss.requires_grad else ()
+        gradients = {name: gradient for name, gradient in zip(params, used) if gradient is not None}  # noqa: B905
+        yield loss.detach(), {name: grad.to_dense() if grad.is_sparse else grad for name, grad in gradients.items()}
 
 
 def _compared(
@@ -548,17 +544,12 @@ def _compared(
     for name, norm in norms.items():
         path, _, short = name.rpartition(".")
         row = rows.setdefault(path, Row(path, type(subject.model.get_submodule(path)).__name__))
-        param = subject.model.get_parameter(name)
         scale = norm.maximum(share * total_norms)
         norm_error = _largest(_relative(_double(step.norms[name]) - norm, scale) for step in steps)
         sum_error = _largest(
-            _relative(
-                torch.linalg.vector_norm(step.sums[name], dtype=torch.float64).cpu(),
-                (_double(step.coefficients) * scale).sum(),
-            )
-            for step in steps
+            _relative(_double(step.sums[name].norm()), (_double(step.coefficients) * scale).sum()) for step in steps
         )
-        row.parameters += param.numel()
+        row.parameters += subject.model.get_parameter(name).numel()
         row.norms, row.clipped_sum = _largest([row.norms, norm_error]), _largest([row.clipped_sum, sum_error])
         if not (norm_error <= tolerance and sum_error <= tolerance):
             row.wrong.append(short)

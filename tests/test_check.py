@@ -145,8 +145,7 @@ def test_right(name: str, dtype: torch.dtype) -> None:
     # As near as that precision comes: nothing passes by a wide bound.
     worst = max(report.losses, report.coefficients, *(max(row.norms, row.clipped_sum) for row in report.rows))
     assert worst < 1000 * torch.finfo(dtype).eps
-    options = report.notes[0]
-    assert f"{min(N, 1 if name == 'one-sample' else N)} of {N} samples" in options
+    assert report.notes[0].startswith(f"{1 if name == 'one-sample' else N} of {N} samples")
 
 
 def off(sampler: Callable, change: Callable) -> Callable:
@@ -293,7 +292,7 @@ def busy_model() -> nn.Module:
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            return super().forward(x)
+            return super().forward(x) + self.calls
 
     model = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), Counting(), spectral_norm(nn.Linear(5, 3)))
     model[0].bias.requires_grad_(False)
