@@ -1,5 +1,6 @@
 """Differentially private training with the memory of ordinary training: fast ghost clipping for Opacus."""
 
+from opacus_fgc.check import CheckReport, check
 from opacus_fgc.criterion import CausalLMLoss
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "NORM_SAMPLERS",
     "CausalLMLoss",
+    "CheckReport",
     "DPLossFastGradientClipping",
     "DPOptimizerFastGradientClipping",
     "DPTensorFastGradientClipping",
@@ -24,6 +26,7 @@ __all__ = [
     "GradSampleModuleFastGradientClipping",
     "GradScaler",
     "PrivacyEngine",
+    "check",
     "create_norm_sample",
     "register_norm_sampler",
 ]
