@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +42,12 @@ class Buffers:
 
 @contextmanager
 def restored(model: nn.Module) -> Iterator[None]:
-    """A context after which all buffers are as before it."""
+    """A context after which all buffers are as before it, so that autograd need not know."""
     before = Buffers(model)
-    try:
-        yield
-    finally:
-        before.restore()
+    with ExitStack() as versions:
+        for buffer in model.buffers():
+            versions.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
+        try:
+            yield
+        finally:
+            before.restore()

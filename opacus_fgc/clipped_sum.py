@@ -50,6 +50,7 @@ class ClippedSum:
             if summed is None:
                 param.summed_grad = gradient.detach()
             else:
-                summed.add_(gradient)
+                # Not in place: autograd may give one tensor for several parameters.
+                param.summed_grad = summed + gradient
         self.passes += 1
         self.max_grad_norm = max_grad_norm

@@ -108,6 +108,18 @@ class Counting(nn.Linear):
         return super().forward(x)
 
 
+class CountingInPlace(nn.Linear):
+    """Uses its counter, which autograd keeps for backward."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return super().forward(x) * self.count
+
+
 class Growing(nn.Linear):
     """Keeps a table that grows with the length of the sequences."""
 
@@ -134,6 +146,7 @@ class Scaled(nn.Linear):
 
 ALLOWED = {
     "counter": Counting,
+    "counter-in-place": CountingInPlace,
     "table-that-grows": Growing,
     "constant": Scaled,
     "spectral-norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
