@@ -144,8 +144,8 @@ class AdaptiveClipping(FlatClipping):
         ==========================================  ===========  ==================
 
         Each divided by its noise, they are one Gaussian mechanism with noise of deviation 1 and sensitivity
-        ``sqrt(z_delta^-2 + (2 sigma_b)^-2)``. For the ``z_delta`` of `gradient_noise_multiplier` that is ``1 / z`` (theorem 1), so
-        a step costs what the accountant counts for the noise multiplier ``z``; under Poisson sampling too, since both sums are
+        ``sqrt(z_delta^-2 + (2 sigma_b)^-2)``. For the ``z_delta`` of `gradient_noise_multiplier` it is ``1 / z`` (theorem 1): a
+        step costs what the accountant counts for the noise multiplier ``z``, under Poisson sampling too, since both sums are
         of the same samples.
 
         ``b`` is the noisy sum of ``bit[n] - 1/2`` over the *expected* batch size, plus 1/2: the true size of a Poisson batch is
