@@ -75,20 +75,6 @@ class PrivacyEngine(OpacusPrivacyEngine):
         criterion.clipped_backward = MODES[mode]
         return module, optimizer, criterion, data_loader
 
-    def make_private_with_epsilon(self, **kwargs: Any) -> Any:
-        """As `make_private`, with the noise for a given epsilon; see `opacus.PrivacyEngine.make_private_with_epsilon`.
-
-        Args:
-            **kwargs: the arguments of Opacus' method, and those of the clipping rule.
-
-        Returns:
-            What `make_private` returns.
-        """
-        if kwargs.get("grad_sample_mode") in MODES:
-            # Opacus hands arguments that it does not know to the accountant too, which would stumble over the rule's.
-            kwargs = _with_clipping_rule(**kwargs)
-        return super().make_private_with_epsilon(**kwargs)
-
     def _prepare_model(
         self,
         module: nn.Module,
@@ -158,18 +144,16 @@ class PrivacyEngine(OpacusPrivacyEngine):
         )
 
 
-def _with_clipping_rule(*, max_grad_norm: float, clipping: Any = "flat", **kwargs: Any) -> dict[str, Any]:
+def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwargs: Any) -> dict[str, Any]:
     """The arguments of `make_private`, with the clipping rule itself in the place of its name and arguments."""
-    if not isinstance(clipping, FlatClipping):
-        if clipping not in RULES:
-            raise NotImplementedError(
-                f"clipping is {clipping!r}; ghost clipping clips by one norm over all parameters. Pass one of "
-                f"{', '.join(map(repr, RULES))}, or grad_sample_mode='hooks' for Opacus' other ways"
-            )
-        names = {name for rule in RULES.values() for name in inspect.signature(rule).parameters}
-        options = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
-        clipping = RULES[clipping](max_grad_norm, **options)
-    return {"max_grad_norm": max_grad_norm, "clipping": clipping, **kwargs}
+    if clipping not in RULES:
+        raise NotImplementedError(
+            f"clipping is {clipping!r}; ghost clipping clips by one norm over all parameters. Pass one of "
+            f"{', '.join(map(repr, RULES))}, or grad_sample_mode='hooks' for Opacus' other ways"
+        )
+    names = {name for rule in RULES.values() for name in inspect.signature(rule).parameters}
+    options = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
+    return {"max_grad_norm": max_grad_norm, "clipping": RULES[clipping](max_grad_norm, **options), **kwargs}
 
 
 def _check_arguments(
