@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 from opacus.utils.module_utils import trainable_modules
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from opacus_fgc.per_sample import PerSampleGradient
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """Whether a value is one finite number (not a bool, a list, a tensor)."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_loss_reduction(loss_reduction: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,24 +17,27 @@ class ClippedSum:
     Attributes:
         passes: how many clipped backward passes.
         max_grad_norm: the norm that their samples were clipped to; None before the first.
+        norms: the norms of their samples' gradients before clipping, shape ``(N,)`` for each pass, those of skipped steps too.
     """
 
     passes: int = 0
     max_grad_norm: float | None = None
+    norms: list[Tensor] = field(default_factory=list)
 
     def check_norm(self, max_grad_norm: float) -> None:
         """Raises a ValueError if the clipping norm is not the one that the sum was clipped to."""
         if self.max_grad_norm not in (None, max_grad_norm):
             raise ValueError(
-                f"max_grad_norm changed from {self.max_grad_norm} to {max_grad_norm} with a clipped sum waiting for "
-                "optimizer.step(); change it after the step"
+                f"max_grad_norm changed from {self.max_grad_norm} to {max_grad_norm} with a clipped sum there that goes by the "
+                "former; change it between steps only, and call optimizer.zero_grad() after each step"
             )
 
-    def add(self, gradients: Iterable[tuple[Any, Tensor | None]], max_grad_norm: float) -> None:
+    def add(self, gradients: Iterable[tuple[Any, Tensor | None]], norms: Tensor, max_grad_norm: float) -> None:
         """Adds one backward pass.
 
         Args:
             gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0.
+            norms: the norm of each sample's gradient before clipping, shape ``(N,)``.
             max_grad_norm: the norm that was clipped to.
         """
         for param, gradient in gradients:
@@ -53,4 +56,5 @@ class ClippedSum:
                 # Not in place: autograd may give one tensor for several parameters.
                 param.summed_grad = summed + gradient
         self.passes += 1
+        self.norms.append(norms.detach())
         self.max_grad_norm = max_grad_norm

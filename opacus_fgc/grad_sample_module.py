@@ -359,10 +359,11 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         """Adds the clipped sum of one backward pass to the parameters' ``summed_grad``.
 
         Args:
-            gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0.
+            gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0; the samples are those of the
+                last `get_norm_sample`.
         """
         try:
-            self.clipped_sum.add(gradients, self.max_grad_norm)
+            self.clipped_sum.add(gradients, self.per_sample_gradient_norms, self.max_grad_norm)
         except BaseException:
             # Half a sum is of no use to any step.
             for param in self.trainable_parameters:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from numbers import Real
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _generate_noise, _mark_as_processed
+from torch import Tensor
 from torch.optim import Optimizer
 
-from opacus_fgc.checks import check_loss_reduction
+from opacus_fgc.checks import check_loss_reduction, is_finite_number
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
@@ -19,7 +19,7 @@ from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 
 def check_noise_multiplier(value: object) -> None:
     """Raises a ValueError if a noise multiplier is not one finite number from 0 on."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+    if not is_finite_number(value) or value < 0:
         raise ValueError(
             f"noise_multiplier is {value!r}; it is one finite number from 0 (no noise, no privacy) on: the standard deviation "
             "of the noise as a multiple of max_grad_norm"
@@ -29,7 +29,9 @@ def check_noise_multiplier(value: object) -> None:
 class DPOptimizerFastGradientClipping(OpacusOptimizer):
     """Adds noise to the clipped sum that ``backward()`` left in ``summed_grad``, and steps.
 
-    Noise has standard deviation ``noise_multiplier * max_grad_norm`` and is drawn once a step, for every parameter.
+    Noise has standard deviation ``noise_multiplier * max_grad_norm`` and is drawn once a step, for every parameter. It is more
+    under a clipping rule that releases more than the gradient; see `clipping.AdaptiveClipping`. What the accountant counts is
+    ``noise_multiplier``, under any rule.
 
     Args:
         optimizer: the optimizer that makes the step; any of ``torch.optim``.
@@ -39,6 +41,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         loss_reduction: "mean" or "sum".
         generator: source of the noise, torch's default if None.
         secure_mode: noise that withstands floating-point attacks; see Opacus.
+        clipping: the clipping rule, flat if None.
         **kwargs: handed on to Opacus' optimizer.
 
     Raises:
@@ -55,11 +58,13 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         loss_reduction: str = "mean",
         generator: torch.Generator | None = None,
         secure_mode: bool = False,
+        clipping: FlatClipping | None = None,
         **kwargs: Any,
     ) -> None:
         check_noise_multiplier(noise_multiplier)
         check_loss_reduction(loss_reduction)
-        self.clipping = FlatClipping(max_grad_norm)
+        self.clipping = FlatClipping(max_grad_norm) if clipping is None else clipping
+        self.clipping.gradient_noise_multiplier(noise_multiplier)  # refuses what it cannot serve
         self.module: GradSampleHooksFastGradientClipping | None = None
         super().__init__(
             optimizer,
@@ -82,7 +87,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         self.clipping.max_grad_norm = value
 
     def attach(self, module: GradSampleHooksFastGradientClipping) -> None:
-        """Takes over a module's clipping rule, so that both go by one norm.
+        """Gives a module this optimizer's clipping rule, so that both go by one norm.
 
         Args:
             module: the wrapped model, or the hooks on it, whose parameters are optimized.
@@ -96,7 +101,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 "go by the norm that gradients are clipped to"
             )
         self.module = module
-        self.clipping = module.clipping
+        module.clipping = self.clipping
 
     @property
     def accumulated_iterations(self) -> int:
@@ -133,8 +138,47 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 "was wrapped, or were cleared; wrap model and optimizer anew"
             )
 
+    def noise(self, std: float, like: Tensor) -> Tensor:
+        """Gaussian noise; all that a step adds comes from here.
+
+        Args:
+            std: standard deviation.
+            like: gives shape, dtype and device.
+        """
+        return _generate_noise(std=std, reference=like, generator=self.generator, secure_mode=self.secure_mode)
+
+    def add_noise(self) -> None:
+        """Writes the clipped sum plus noise to the gradients.
+
+        Raises:
+            ValueError: if there was no `zero_grad` since the last step, or ``noise_multiplier`` is now too large for the
+                clipping rule.
+        """
+        std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
+        for param in self.params:
+            _check_processed_flag(param.summed_grad)
+            param.grad = param.summed_grad + self.noise(std, param.summed_grad)
+            _mark_as_processed(param.summed_grad)
+
+    def noisy_mean(self, total: Tensor, std: float) -> Tensor:
+        """The mean of something over the samples of this step, as it may be released.
+
+        Args:
+            total: its sum over the samples.
+            std: standard deviation of the noise on that sum.
+
+        Returns:
+            The noisy sum over the number of samples that is expected; the true one is private.
+
+        Raises:
+            ValueError: if no batch size is expected.
+        """
+        if self.expected_batch_size is None:
+            raise ValueError("expected_batch_size is None; the optimizer's clipping rule needs it")
+        return (total + self.noise(std, total)) / (self.expected_batch_size * self.accumulated_iterations)
+
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
-        """Makes the noisy gradient, unless this step is to be skipped to go on summing.
+        """Makes the noisy gradient and moves the clipping norm, unless this step is to be skipped to go on summing.
 
         Args:
             closure: not used; `step` has called it.
@@ -143,7 +187,10 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             Whether the wrapped optimizer is to step.
         """
         stepping = super().pre_step(closure)
-        if not stepping and self.module is not None:
+        assert self.module is not None  # checked by `accumulate`
+        if stepping:
+            self.clipping.update(self.module.clipped_sum.norms, self.noisy_mean)
+        else:
             # The physical batches of a skipped step are parts of one logical batch, and count as one pass.
             self.module.clipped_sum.passes = 0
         return stepping
@@ -156,5 +203,27 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         """
         super().zero_grad(set_to_none)
         if self.module is not None:
-            kept = self.module.clipped_sum.max_grad_norm if self._is_last_step_skipped else None
-            self.module.clipped_sum = ClippedSum(max_grad_norm=kept)
+            if self._is_last_step_skipped:
+                self.module.clipped_sum.passes = 0
+            else:
+                self.module.clipped_sum = ClippedSum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state, with that of the clipping rule as ``clipping`` where it has any."""
+        clipping = self.clipping.state_dict()
+        return {**super().state_dict(), **({"clipping": clipping} if clipping else {})}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` gave; a state of another clipping rule leaves this one as it is.
+
+        Args:
+            state_dict: the state of this optimizer, of Opacus' or of the wrapped one.
+
+        Raises:
+            ValueError: if it is not that of such an optimizer, or its clipping norm lies outside of this one's bounds.
+        """
+        inner = dict(state_dict)
+        clipping = inner.pop("clipping", {})
+        super().load_state_dict(inner)
+        if clipping:
+            self.clipping.load_state_dict(clipping)

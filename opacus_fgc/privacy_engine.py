@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from itertools import chain
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe
-from opacus_fgc.clipping import check_max_grad_norm
+from opacus_fgc.clipping import RULES, FlatClipping
 from opacus_fgc.criterion import check_criterion
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
@@ -53,8 +54,9 @@ class PrivacyEngine(OpacusPrivacyEngine):
         """Makes model, optimizer, criterion and data loader private; see `opacus.PrivacyEngine.make_private`.
 
         Args:
-            **kwargs: the arguments of Opacus' method, and ``nonfinite="error"`` or ``"drop"``: what is done about samples whose
-                gradient has inf or NaN in it. With a mode of this package all are checked before anything is wrapped or changed.
+            **kwargs: the arguments of Opacus' method. With a mode of this package all are checked before anything is wrapped or
+                changed; ``clipping`` is "flat", or "adaptive" with the arguments of `clipping.AdaptiveClipping`; and
+                ``nonfinite="error"`` or ``"drop"`` says what is done about samples whose gradient has inf or NaN in it.
 
         Returns:
             ``(module, optimizer, criterion, data_loader)`` with a mode of this package: the wrapped model (with
@@ -62,6 +64,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             has to be the one to call ``backward()`` on, and a loader with Poisson sampling.
 
         Raises:
+            TypeError: if an argument is missing, or is none of the clipping rule's.
             ValueError: if an argument has no meaning.
             NotImplementedError: if the model, or what is asked for, is not supported.
         """
@@ -70,6 +73,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             return super().make_private(**kwargs)
         nonfinite = kwargs.pop("nonfinite", "error")
         check_nonfinite(nonfinite)
+        kwargs = _with_clipping_rule(**kwargs)
         _check_arguments(**kwargs)
         module, optimizer, criterion, data_loader = super().make_private(**kwargs)
         criterion.clipped_backward = MODES[mode]
@@ -125,8 +129,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
         grad_sample_mode: str = "hooks",
         wrap_model: bool = True,
     ) -> AbstractGradSampleModule | GradSampleHooks:
-        wrapped_already = isinstance(module, GradSampleModuleFastGradientClipping)
-        if grad_sample_mode not in MODES or (isinstance(module, AbstractGradSampleModule) and not wrapped_already):
+        ours = isinstance(module, GradSampleModuleFastGradientClipping)
+        if grad_sample_mode not in MODES or (isinstance(module, AbstractGradSampleModule) and not ours):
             return super()._prepare_model(
                 module,
                 batch_first=batch_first,
@@ -135,13 +139,13 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 grad_sample_mode=grad_sample_mode,
                 wrap_model=wrap_model,
             )
-        if wrapped_already:
+        if isinstance(module, GradSampleModuleFastGradientClipping):
             if (module.batch_first, module.loss_reduction) != (batch_first, loss_reduction):
                 raise ValueError(
                     f"the model is wrapped already, with batch_first={module.batch_first} and loss_reduction="
                     f"{module.loss_reduction!r}; pass these, or the model itself (module.to_standard_module())"
                 )
-            module.max_grad_norm = max_grad_norm
+            module.clipping = FlatClipping(max_grad_norm)  # until the optimizer brings its own
             return module
         self.validate(module=module, optimizer=None, data_loader=None)
         wrapper = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
@@ -153,7 +157,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         optimizer: optim.Optimizer,
         noise_generator: torch.Generator | None = None,
         distributed: bool = False,
-        clipping: str = "flat",
+        clipping: Any = "flat",
         grad_sample_mode: str = "hooks",
         **kwargs: Any,
     ) -> DPOptimizer:
@@ -170,6 +174,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             generator=self.secure_rng if self.secure_mode else noise_generator,
             secure_mode=self.secure_mode,
+            clipping=clipping,
             **kwargs,
         )
 
@@ -183,6 +188,18 @@ class PrivacyEngine(OpacusPrivacyEngine):
         )
 
 
+def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwargs: Any) -> dict[str, Any]:
+    """The arguments of `make_private`, with the clipping rule itself in the place of its name and arguments."""
+    if clipping not in RULES:
+        raise NotImplementedError(
+            f"clipping is {clipping!r}; ghost clipping clips by one norm over all parameters. Pass one of "
+            f"{', '.join(map(repr, RULES))}, or grad_sample_mode='hooks' for Opacus' other ways"
+        )
+    names = {name for rule in RULES.values() for name in inspect.signature(rule).parameters}
+    options = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
+    return {"max_grad_norm": max_grad_norm, "clipping": RULES[clipping](max_grad_norm, **options), **kwargs}
+
+
 def _check_arguments(
     *,
     module: nn.Module,
@@ -190,22 +207,17 @@ def _check_arguments(
     data_loader: DataLoader,
     noise_multiplier: float,
     max_grad_norm: float,
+    clipping: FlatClipping,
     criterion: Any = None,
     loss_reduction: str = "mean",
-    clipping: str = "flat",
     poisson_sampling: bool = True,
     **_: Any,
 ) -> None:
-    check_max_grad_norm(max_grad_norm)
     check_noise_multiplier(noise_multiplier)
+    clipping.gradient_noise_multiplier(noise_multiplier)
     check_loss_reduction(loss_reduction)
     if criterion is not None:
         check_criterion(criterion, loss_reduction)
-    if clipping != "flat":
-        raise NotImplementedError(
-            f"clipping is {clipping!r}; ghost clipping clips flat, by one norm over all parameters. Pass clipping='flat', or "
-            "grad_sample_mode='hooks' for Opacus' other ways"
-        )
     for name, layer in trainable_modules(module):
         for error in ModuleValidator.VALIDATORS.get(type(layer), lambda layer: [])(layer):
             raise UnsupportedModuleError(

@@ -207,7 +207,6 @@ BAD = {
     ),
     "criterion": (classifier, {"criterion": 3}, ValueError, "cannot be called"),
     "clipping-per-layer": (classifier, {"clipping": "per_layer"}, NotImplementedError, "clipping is 'per_layer'"),
-    "clipping-adaptive": (classifier, {"clipping": "adaptive"}, NotImplementedError, "clipping is 'adaptive'"),
     "batch-norm": (with_batch_norm, {}, ValueError, r"layer '1' \(BatchNorm2d\).*ModuleValidator.fix"),
     "optimizer-of-another-model": (
         classifier,
