@@ -40,6 +40,7 @@ class ClippedSum:
             norms: the norm of each sample's gradient before clipping, shape ``(N,)``.
             max_grad_norm: the norm that was clipped to.
         """
+        stored: set[int] = set()
         for param, gradient in gradients:
             if gradient is None:
                 gradient = torch.zeros_like(param)
@@ -50,11 +51,13 @@ class ClippedSum:
                     "the clipped sum overflows in float16; take a smaller max_grad_norm, or float32 parameters under autocast"
                 )
             summed = getattr(param, "summed_grad", None)
-            if summed is None:
-                param.summed_grad = gradient.detach()
-            else:
-                # Not in place: autograd may give one tensor for several parameters.
-                param.summed_grad = summed + gradient
+            if summed is not None:
+                summed.add_(gradient)
+                continue
+            # Autograd may give one tensor for several parameters, and what comes next is added in place.
+            shared = gradient.data_ptr() in stored
+            stored.add(gradient.data_ptr())
+            param.summed_grad = gradient.detach().clone() if shared else gradient.detach()
         self.passes += 1
         self.norms.append(norms.detach())
         self.max_grad_norm = max_grad_norm

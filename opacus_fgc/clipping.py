@@ -13,8 +13,8 @@ from opacus_fgc.checks import is_finite_number
 
 NoisyMean = Callable[[Tensor, float], Tensor]
 
-# Between these, squares of what matters for a norm of that size neither vanish nor overflow in float32.
-_SMALLEST, _LARGEST = 1e-12, 1e18
+# From here on squares of what matters for a norm of that size do not vanish in float32. (Norms that overflow are inf.)
+_SMALLEST, _LARGEST = 1e-12, 1e38
 
 
 def check_max_grad_norm(value: object) -> float:

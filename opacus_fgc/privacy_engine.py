@@ -147,7 +147,6 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 )
             module.clipping = FlatClipping(max_grad_norm)  # until the optimizer brings its own
             return module
-        self.validate(module=module, optimizer=None, data_loader=None)
         wrapper = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
         return wrapper(module, batch_first=batch_first, loss_reduction=loss_reduction, max_grad_norm=max_grad_norm)
 
@@ -200,6 +199,19 @@ def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwarg
     return {"max_grad_norm": max_grad_norm, "clipping": RULES[clipping](max_grad_norm, **options), **kwargs}
 
 
+def _check_layers(module: nn.Module) -> None:
+    """What Opacus' validators check, but for layers that only its own samplers cannot serve."""
+    if not module.training:
+        raise UnsupportedModuleError("Model needs to be in training mode; call model.train()")
+    for name, layer in trainable_modules(module):
+        if isinstance(layer, nn.MultiheadAttention):
+            continue
+        for error in ModuleValidator.VALIDATORS.get(type(layer), lambda layer: [])(layer):
+            raise UnsupportedModuleError(
+                f"{describe(name, layer)}: {error} Call opacus.validators.ModuleValidator.fix(model) before the optimizer is made"
+            )
+
+
 def _check_arguments(
     *,
     module: nn.Module,
@@ -218,11 +230,7 @@ def _check_arguments(
     check_loss_reduction(loss_reduction)
     if criterion is not None:
         check_criterion(criterion, loss_reduction)
-    for name, layer in trainable_modules(module):
-        for error in ModuleValidator.VALIDATORS.get(type(layer), lambda layer: [])(layer):
-            raise UnsupportedModuleError(
-                f"{describe(name, layer)}: {error} Call opacus.validators.ModuleValidator.fix(model) before the optimizer is made"
-            )
+    _check_layers(module)
     if isinstance(module, (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel, FSDPModule)):
         raise NotImplementedError(
             f"{type(module).__name__} is not supported by this package's ghost clipping; train in one process, or use Opacus' "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -272,3 +273,15 @@ def test_plain_backward_first(mode: str) -> None:
     run.optimizer.step()
     for name, param in run.model.named_parameters():
         assert_equal(param.grad, oracle.clipped_sum(C)[name] / (B // 2), name)
+
+
+def test_parameters_with_one_gradient_between_them(mode: str) -> None:
+    """Autograd gives one tensor for both; sums of several passes are right all the same."""
+    model = Apply(lambda m, x: F.linear(x, m.a.weight + m.b.weight), a=nn.Linear(4, 3, False), b=nn.Linear(4, 3, False))
+    run = Run(mode, model)
+    z = torch.randn(B, 4)
+    oracles = [reference(run.model, nn.CrossEntropyLoss(), (x,), run.y, B).clipped_sum(C) for x in (run.x, z)]
+    for x in (run.x, z):
+        run.criterion(run.module(x), run.y).backward()
+    for name, param in run.model.named_parameters():
+        assert_equal(param.summed_grad, oracles[0][name] + oracles[1][name], name)

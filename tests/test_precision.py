@@ -57,7 +57,7 @@ def test_near_the_oracle(name: str, mode: str, dtype: torch.dtype, whole: bool) 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("max_grad_norm", [1e-12, 1e-6, 1e6, 1e18])
+@pytest.mark.parametrize("max_grad_norm", [1e-12, 1e-6, 1e6, 1e38])
 def test_clipping_norms_at_both_ends(max_grad_norm: float, mode: str) -> None:
     """Contributions are within the bound, and reach it where they are clipped."""
     torch.manual_seed(0)
@@ -102,7 +102,7 @@ def test_norms_that_overflow_are_refused(mode: str) -> None:
         MODES[mode](wrapped, losses)
 
 
-@pytest.mark.parametrize("max_grad_norm", [1e-13, 1e19])
+@pytest.mark.parametrize("max_grad_norm", [1e-13, 1e39])
 def test_clipping_norms_out_of_range(max_grad_norm: float) -> None:
     with pytest.raises(ValueError, match="cannot be told in float32"):
         GradSampleModuleFastGradientClipping(nn.Linear(2, 2), max_grad_norm=max_grad_norm)

@@ -22,6 +22,7 @@ from opacus_fgc import (
     PrivacyEngine,
 )
 from opacus_fgc.privacy_engine import MODES
+from tests.case import Apply
 
 SIZE, BATCH = 40, 8
 
@@ -70,6 +71,23 @@ def test_make_private(wrap_model: bool, mode: str) -> None:
     before = [param.clone() for param in model.parameters()]
     train(wrapped if wrap_model else model, optimizer, criterion, loader)
     assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "layer", [nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), nn.MultiheadAttention(4, 2, batch_first=True)]
+)
+def test_attention_of_torch(layer: nn.Module, mode: str) -> None:
+    """Opacus' validators refuse it, since Opacus itself has no sampler for it."""
+    if isinstance(layer, nn.MultiheadAttention):
+        layer = Apply(lambda m, x: m.attention(x, x, x)[0], attention=layer)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(16, 3))
+    data = TensorDataset(torch.randn(20, 4, 4), torch.randint(3, (20,)))
+    keywords = arguments(model, grad_sample_mode=mode, data_loader=DataLoader(data, batch_size=5))
+    wrapped, optimizer, criterion, loader = PrivacyEngine().make_private(**keywords)
+    before = [param.clone() for param in model.parameters()]
+    train(wrapped, optimizer, criterion, loader, steps=1)
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -214,6 +232,7 @@ BAD = {
         ValueError,
         r"different than optimizer Parameters: 2 .*\(7, 2\)",
     ),
+    "eval-mode": (lambda: classifier().eval(), {}, ValueError, "training mode"),
     "iterable-data": (classifier, {"data_loader": DataLoader(Endless())}, ValueError, "IterableDataset"),
     "no-data": (
         classifier,
