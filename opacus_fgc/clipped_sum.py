@@ -54,8 +54,8 @@ class ClippedSum:
             if summed is not None:
                 summed.add_(gradient)
                 continue
-            # Autograd may give one tensor for several parameters, and what comes next is added in place.
-            shared = gradient.data_ptr() in stored
+            # Autograd may give one tensor for several parameters or elements, and what comes next is added in place.
+            shared = gradient.data_ptr() in stored or 0 in gradient.stride()
             stored.add(gradient.data_ptr())
             param.summed_grad = gradient.detach().clone() if shared else gradient.detach()
         self.passes += 1

@@ -275,8 +275,8 @@ def test_plain_backward_first(mode: str) -> None:
         assert_equal(param.grad, oracle.clipped_sum(C)[name] / (B // 2), name)
 
 
-def test_parameters_with_one_gradient_between_them(mode: str) -> None:
-    """Autograd gives one tensor for both; sums of several passes are right all the same."""
+def test_sums_of_several_passes_that_share_memory(mode: str) -> None:
+    """Autograd gives one tensor for two parameters; each pass is added once all the same."""
     model = Apply(lambda m, x: F.linear(x, m.a.weight + m.b.weight), a=nn.Linear(4, 3, False), b=nn.Linear(4, 3, False))
     run = Run(mode, model)
     z = torch.randn(B, 4)
