@@ -150,6 +150,12 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             set_to_none: whether ``p.grad`` becomes None rather than 0.
         """
         super().zero_grad(set_to_none)
-        if self.module is not None:
-            kept = self.module.clipped_sum.max_grad_norm if self._is_last_step_skipped else None
-            self.module.clipped_sum = ClippedSum(max_grad_norm=kept)
+        if self.module is None:
+            return
+        if self._is_last_step_skipped:
+            self.module.clipped_sum = ClippedSum(max_grad_norm=self.module.clipped_sum.max_grad_norm)
+        else:
+            # Of all that were clipped: a parameter may come to the optimizer later, and must not bring the sums of past steps.
+            for param in self.module.trainable_parameters:
+                param.summed_grad = None
+            self.module.clipped_sum = ClippedSum()
