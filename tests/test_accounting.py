@@ -132,6 +132,18 @@ def virtual_steps(private: Private) -> list[Steps]:
     return [Steps(1.0, RATE, 2 * SIZE // BATCH)]
 
 
+def virtual_steps_cleared_once_a_step(private: Private) -> list[Steps]:
+    with BatchMemoryManager(
+        data_loader=private.loader, max_physical_batch_size=3, optimizer=private.optimizer
+    ) as loader:
+        for x, y in loader:
+            private.backward(x, y)
+            private.optimizer.step()
+            if not private.optimizer._is_last_step_skipped:
+                private.optimizer.zero_grad()
+    return [Steps(1.0, RATE, SIZE // BATCH)]
+
+
 def schedule_of_noise(private: Private) -> list[Steps]:
     scheduler = ExponentialNoise(private.optimizer, gamma=1.2)
     number = []
@@ -187,6 +199,7 @@ def steps_that_failed(private: Private) -> list[Steps]:
     "train",
     [
         virtual_steps,
+        virtual_steps_cleared_once_a_step,
         schedule_of_noise,
         noise_that_comes_back,
         schedule_of_the_norm,
