@@ -205,8 +205,11 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         if self.module is not None:
             if self._is_last_step_skipped:
                 self.module.clipped_sum.passes = 0
-            else:
-                self.module.clipped_sum = ClippedSum()
+                return
+            # Of all that were clipped: a parameter may come to the optimizer later, and must not bring the sums of past steps.
+            for param in self.module.trainable_parameters:
+                param.summed_grad = None
+            self.module.clipped_sum = ClippedSum()
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, with that of the clipping rule as ``clipping`` where it has any."""

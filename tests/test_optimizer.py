@@ -175,6 +175,33 @@ def test_accumulated_batches_add_up(private: Any) -> None:
     torch.testing.assert_close(flat(model, "summed_grad"), expected)
 
 
+def test_parameters_that_come_later_start_from_nothing(private: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    data = TensorDataset(torch.randn(SIZE, 6), torch.randint(3, (SIZE,)))
+    module, optimizer, criterion, loader = PrivacyEngine().make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model[2].parameters(), lr=0.1),
+        criterion=nn.CrossEntropyLoss(),
+        data_loader=DataLoader(data, batch_size=8),
+        noise_multiplier=0.0,
+        max_grad_norm=0.5,
+        poisson_sampling=False,
+        **private.keywords,
+    )
+    for x, y in loader:
+        criterion(module(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # Unfrozen between two steps, as in fine-tuning layer by layer.
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    oracle = reference(model, nn.CrossEntropyLoss(), (x,), y, len(x))
+    criterion(module(x), y).backward()
+    optimizer.step()
+    clipped = torch.cat([gradient.flatten() for gradient in oracle.clipped_sum(0.5).values()])
+    torch.testing.assert_close(flat(model, "grad"), clipped / 8)
+
+
 def test_accumulation_is_refused_under_poisson_sampling(private: Any) -> None:
     _, model, optimizer, criterion, _ = private(poisson_sampling=True)
     x, y = torch.randn(4, 6), torch.randint(3, (4,))
