@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import opacus.optimizers.optimizer_fast_gradient_clipping as opacus_optimizer
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from scipy.stats import beta
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_fgc import PrivacyEngine
+from opacus_fgc import DPOptimizerFastGradientClipping, PrivacyEngine
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.per_sample import Measured, Room, Rows
 from opacus_fgc.privacy_engine import MODES
@@ -167,20 +166,20 @@ def norms_without_one_parameter(patch: pytest.MonkeyPatch) -> None:
 
 
 def change_noise(patch: pytest.MonkeyPatch, std_of: Callable[[Tensor, float], float]) -> None:
-    right = opacus_optimizer._generate_noise
+    right = DPOptimizerFastGradientClipping.noise
 
-    def changed(std: float, reference: Tensor, **options: Any) -> Tensor:
-        return right(std=std_of(reference, std), reference=reference, **options)
+    def changed(self: DPOptimizerFastGradientClipping, std: float, like: Tensor) -> Tensor:
+        return right(self, std_of(like, std), like)
 
-    patch.setattr(opacus_optimizer, "_generate_noise", changed)
+    patch.setattr(DPOptimizerFastGradientClipping, "noise", changed)
 
 
 def noise_by_a_smaller_norm(patch: pytest.MonkeyPatch) -> None:
-    change_noise(patch, lambda reference, std: std / 1.5)
+    change_noise(patch, lambda like, std: std / 1.5)
 
 
 def noise_on_all_but_one_parameter(patch: pytest.MonkeyPatch) -> None:
-    change_noise(patch, lambda reference, std: 0.0 if reference.shape == (COORDINATES,) else std)
+    change_noise(patch, lambda like, std: 0.0 if like.shape == (COORDINATES,) else std)
 
 
 def rate_of_half(patch: pytest.MonkeyPatch) -> None:
