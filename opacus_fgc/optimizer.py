@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch.optim import Optimizer
 
 from opacus_fgc.checks import check_loss_reduction
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
+from opacus_fgc.secure_random import SecureGenerator
 
 
 def check_noise_multiplier(value: object) -> None:
@@ -37,12 +39,13 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         max_grad_norm: the clipping norm ``C``. It has to be the module's; see `attach`.
         expected_batch_size: what the sum is divided by with ``loss_reduction="mean"``.
         loss_reduction: "mean" or "sum".
-        generator: source of the noise, torch's default if None.
-        secure_mode: noise that withstands floating-point attacks; see Opacus.
+        generator: source of the noise. If None, torch's default; with ``secure_mode`` a new `SecureGenerator`.
+        secure_mode: noise that nobody can predict and that withstands floating-point attacks; see `SecureGenerator`.
         **kwargs: handed on to Opacus' optimizer.
 
     Raises:
         ValueError: if an argument has no meaning.
+        ImportError: if what ``secure_mode`` needs is not installed.
     """
 
     def __init__(
@@ -53,12 +56,19 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         max_grad_norm: float,
         expected_batch_size: int | None,
         loss_reduction: str = "mean",
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | SecureGenerator | None = None,
         secure_mode: bool = False,
         **kwargs: Any,
     ) -> None:
         check_noise_multiplier(noise_multiplier)
         check_loss_reduction(loss_reduction)
+        if secure_mode and generator is None:
+            generator = SecureGenerator()
+        if secure_mode != isinstance(generator, SecureGenerator):
+            raise ValueError(
+                f"secure_mode is {secure_mode} and the generator a {type(generator).__name__}; pass secure_mode=True with no "
+                "generator or a SecureGenerator, or secure_mode=False with any other"
+            )
         self.clipping = FlatClipping(max_grad_norm)
         self.module: GradSampleHooksFastGradientClipping | None = None
         super().__init__(
@@ -142,6 +152,17 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             # The physical batches of a skipped step are parts of one logical batch, and count as one pass.
             self.module.clipped_sum.passes = 0
         return stepping
+
+    def add_noise(self) -> None:
+        """Puts the clipped sum with noise into ``p.grad``."""
+        if not self.secure_mode:
+            super().add_noise()
+            return
+        std = self.noise_multiplier * self.max_grad_norm
+        for param in self.params:
+            _check_processed_flag(param.summed_grad)
+            param.grad = self.generator.add_normal(param.summed_grad, std).view_as(param)
+            _mark_as_processed(param.summed_grad)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clears gradients, and the clipped sum unless the last step was skipped to go on summing.
