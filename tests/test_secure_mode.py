@@ -91,7 +91,13 @@ def batch(n: int = BATCH) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("wrap_model", [True, False])
 def test_trains(private: Any, wrap_model: bool) -> None:
     model = network()
-    engine, wrapped, optimizer, criterion, loader = private(module=model, wrap_model=wrap_model, noise_multiplier=0.01)
+    x = torch.randn(SIZE, 6)
+    engine, wrapped, optimizer, criterion, loader = private(
+        module=model,
+        wrap_model=wrap_model,
+        noise_multiplier=0.01,
+        data_loader=DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=BATCH),
+    )
     called = wrapped if wrap_model else model
     assert engine.secure_mode and isinstance(engine.secure_rng, SecureGenerator)
     assert optimizer.secure_mode and optimizer.generator is engine.secure_rng
@@ -103,7 +109,7 @@ def test_trains(private: Any, wrap_model: bool) -> None:
             optimizer.zero_grad()
             criterion(called(x_batch), y_batch).backward()
             optimizer.step()
-    assert nn.functional.cross_entropy(called(x), y).item() < 0.95 * before
+    assert nn.functional.cross_entropy(called(x), y).item() < 0.8 * before
     assert engine.accountant.history == [(0.01, BATCH / SIZE, 20 * SIZE // BATCH)]
 
 
