@@ -263,6 +263,20 @@ def test_shapes_and_strides() -> None:
             torch.testing.assert_close(noisy, values)
 
 
+@pytest.mark.parametrize("n", [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+def test_every_value_gets_its_own_noise(n: int) -> None:
+    values = torch.arange(n) + 0.5
+    noise = SecureGenerator().add_normal(values, 0.01) - values
+    assert ((noise != 0) & (noise.abs() < 0.1)).all()
+    assert stats.kstest(noise.numpy() / 0.01, "norm").pvalue > 1e-6
+
+
+def test_errors_of_threads_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(secrets, "token_bytes", lambda size: bytes(3))
+    with pytest.raises(ValueError, match="key"):
+        SecureGenerator().add_normal(torch.zeros(2 * CHUNK), 1.0)
+
+
 # The generator
 
 
