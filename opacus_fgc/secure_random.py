@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import secrets
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from torch import Tensor
 GRID = 20
 """Noisy values are multiples of ``2**-GRID`` of the noise's standard deviation, which is rounded down to a power of two."""
 
-CHUNK = 2**13 - 1
-"""How many values get their noise at a time: as many as torch works on with one thread, so that each thread has its own."""
+CHUNK = 2**17
+"""How many values get their noise at a time: few enough for a cache, and enough for torch to use many threads."""
 
 
 class SecureGenerator:
@@ -92,12 +91,7 @@ class SecureGenerator:
         grid = 2.0 ** (math.floor(math.log2(std)) - GRID)
         flat = values.detach().cpu().reshape(-1)
         noisy = torch.empty_like(flat)
-
-        def add(source: Tensor, target: Tensor) -> None:
+        for source, target in zip(flat.split(CHUNK), noisy.split(CHUNK), strict=True):
             total = self.normal(len(source)).mul_(std).add_(source)
             target.copy_(total.div_(grid).round_().mul_(grid))
-
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            # One chunk is not worth a thread. The list is for the errors of all.
-            list((pool.map if len(flat) > CHUNK else map)(add, flat.split(CHUNK), noisy.split(CHUNK)))
         return noisy.view(values.shape).to(values.device)
