@@ -76,7 +76,7 @@ class SecureGenerator:
         The grid is too fine to cost accuracy, and coarse enough that some ``2**31`` numbers of float64 lie in each of its steps
         where the noise lies, so that each step has the probability that it has in real arithmetic.
 
-        The time that it takes does not depend on values or noise. What is not covered: that the clipped sum was rounded
+        No draw is rejected, so that the time says little of the noise. What is not covered: that the clipped sum was rounded
         itself, in the order in which it was summed.
 
         Args:
