@@ -107,8 +107,8 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
         mode: the ``grad_sample_mode``.
         args: the settings from the command line.
     """
-    # Good advice for real use: secure_mode=True draws noise that nobody can predict. It needs the package torchcsprng
-    # and allows no seeds, so here we do without, knowingly.
+    # Good advice for real use: secure_mode=True draws noise that nobody can predict. It takes longer and allows
+    # no seeds, so here we do without, knowingly.
     warnings.filterwarnings("ignore", message="Secure RNG turned off")
     # From Opacus' accountant: a bound that only decides how wide a grid it computes on is not the tightest.
     warnings.filterwarnings("ignore", message="Optimal order is the largest alpha")

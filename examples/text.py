@@ -133,8 +133,8 @@ def train(way: str, mode: str | None, args: argparse.Namespace) -> Result:
         mode: the ``grad_sample_mode``; None trains without privacy.
         args: the settings from the command line.
     """
-    # Good advice for real use: secure_mode=True draws noise that nobody can predict. It needs the package torchcsprng
-    # and allows no seeds, so here we do without, knowingly.
+    # Good advice for real use: secure_mode=True draws noise that nobody can predict. It takes longer and allows
+    # no seeds, so here we do without, knowingly.
     warnings.filterwarnings("ignore", message="Secure RNG turned off")
     # That the head is new, as it has to be.
     transformers.logging.set_verbosity_error()

@@ -15,6 +15,7 @@ from opacus_fgc.checks import check_loss_reduction, is_finite_number
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
+from opacus_fgc.secure_random import SecureGenerator
 
 
 def check_noise_multiplier(value: object) -> None:
@@ -39,13 +40,14 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         max_grad_norm: the clipping norm ``C``. It has to be the module's; see `attach`.
         expected_batch_size: what the sum is divided by with ``loss_reduction="mean"``.
         loss_reduction: "mean" or "sum".
-        generator: source of the noise, torch's default if None.
-        secure_mode: noise that withstands floating-point attacks; see Opacus.
+        generator: source of the noise. If None, torch's default; with ``secure_mode`` a new `SecureGenerator`.
+        secure_mode: noise that nobody can predict and that withstands floating-point attacks; see `SecureGenerator`.
         clipping: the clipping rule, flat if None.
         **kwargs: handed on to Opacus' optimizer.
 
     Raises:
         ValueError: if an argument has no meaning.
+        ImportError: if what ``secure_mode`` needs is not installed.
     """
 
     def __init__(
@@ -56,13 +58,20 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         max_grad_norm: float,
         expected_batch_size: int | None,
         loss_reduction: str = "mean",
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | SecureGenerator | None = None,
         secure_mode: bool = False,
         clipping: FlatClipping | None = None,
         **kwargs: Any,
     ) -> None:
         check_noise_multiplier(noise_multiplier)
         check_loss_reduction(loss_reduction)
+        if secure_mode and generator is None:
+            generator = SecureGenerator()
+        if secure_mode != isinstance(generator, SecureGenerator):
+            raise ValueError(
+                f"secure_mode is {secure_mode} and the generator a {type(generator).__name__}; pass secure_mode=True with no "
+                "generator or a SecureGenerator, or secure_mode=False with any other"
+            )
         self.clipping = FlatClipping(max_grad_norm) if clipping is None else clipping
         self.clipping.gradient_noise_multiplier(noise_multiplier)  # refuses what it cannot serve
         self.module: GradSampleHooksFastGradientClipping | None = None
@@ -138,14 +147,16 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 "was wrapped, or were cleared; wrap model and optimizer anew"
             )
 
-    def noise(self, std: float, like: Tensor) -> Tensor:
-        """Gaussian noise; all that a step adds comes from here.
+    def with_noise(self, values: Tensor, std: float) -> Tensor:
+        """Values plus Gaussian noise; all noise of a step comes from here.
 
         Args:
-            std: standard deviation.
-            like: gives shape, dtype and device.
+            values: what is to be released, of any shape.
+            std: standard deviation of the noise.
         """
-        return _generate_noise(std=std, reference=like, generator=self.generator, secure_mode=self.secure_mode)
+        if isinstance(self.generator, SecureGenerator):
+            return self.generator.add_normal(values, std)
+        return values + _generate_noise(std=std, reference=values, generator=self.generator)
 
     def add_noise(self) -> None:
         """Writes the clipped sum plus noise to the gradients.
@@ -157,7 +168,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
         for param in self.params:
             _check_processed_flag(param.summed_grad)
-            param.grad = param.summed_grad + self.noise(std, param.summed_grad)
+            param.grad = self.with_noise(param.summed_grad, std)
             _mark_as_processed(param.summed_grad)
 
     def noisy_mean(self, total: Tensor, std: float) -> Tensor:
@@ -175,7 +186,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         """
         if self.expected_batch_size is None:
             raise ValueError("expected_batch_size is None; the optimizer's clipping rule needs it")
-        return (total + self.noise(std, total)) / (self.expected_batch_size * self.accumulated_iterations)
+        return self.with_noise(total, std) / (self.expected_batch_size * self.accumulated_iterations)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Makes the noisy gradient and moves the clipping norm, unless this step is to be skipped to go on summing.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from itertools import chain
 from typing import Any
 
@@ -29,6 +30,8 @@ from opacus_fgc.grad_sample_module import (
 )
 from opacus_fgc.loss import DPLossFastGradientClipping, book_keeping, double_backward
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier
+from opacus_fgc.secure_random import SecureGenerator
+from opacus_fgc.secure_sampling import secured
 
 MODES = {"ghost": double_backward, "ghost_bk": book_keeping}
 """How each ``grad_sample_mode`` that this package serves gets the clipped sum; all others are Opacus' own."""
@@ -42,13 +45,33 @@ class PrivacyEngine(OpacusPrivacyEngine):
 
     Args:
         accountant: "prv", "rdp" or "gdp"; see Opacus.
-        secure_mode: see Opacus.
+        secure_mode: noise and batches come from a generator that nobody can predict, and the noise withstands floating-point
+            attacks; see `SecureGenerator`. For this package's modes only.
+
+    Attributes:
+        secure_mode: the argument.
+        secure_rng: the generator of the secure mode, else None. It has neither state nor seed.
+
+    Raises:
+        ImportError: if what ``secure_mode`` needs is not installed.
 
     Example:
         >>> model, optimizer, criterion, loader = PrivacyEngine().make_private(
         ...     module=model, optimizer=optimizer, criterion=criterion, data_loader=loader,
         ...     noise_multiplier=1.0, max_grad_norm=1.0, grad_sample_mode="ghost")
     """
+
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
+        if not secure_mode:
+            super().__init__(accountant=accountant)
+            return
+        generator = SecureGenerator()
+        with warnings.catch_warnings():
+            # Opacus' own secure mode needs torchcsprng, and without it Opacus warns that it is off.
+            warnings.filterwarnings("ignore", message="Secure RNG turned off")
+            super().__init__(accountant=accountant)
+        self.secure_mode = True
+        self.secure_rng = generator
 
     def make_private(self, **kwargs: Any) -> Any:
         """Makes model, optimizer, criterion and data loader private; see `opacus.PrivacyEngine.make_private`.
@@ -70,11 +93,19 @@ class PrivacyEngine(OpacusPrivacyEngine):
         """
         mode = kwargs.get("grad_sample_mode")
         if mode not in MODES:
+            if self.secure_mode:
+                raise NotImplementedError(
+                    f"secure_mode=True serves grad_sample_mode {' and '.join(map(repr, MODES))}; this is "
+                    f"{kwargs.get('grad_sample_mode', 'hooks')!r}. Pass one of the two, or use Opacus' own PrivacyEngine, which "
+                    "needs torchcsprng for it"
+                )
             return super().make_private(**kwargs)
         nonfinite = kwargs.pop("nonfinite", "error")
         check_nonfinite(nonfinite)
         kwargs = _with_clipping_rule(**kwargs)
         _check_arguments(**kwargs)
+        if self.secure_mode and not kwargs.get("poisson_sampling", True):
+            secured(kwargs["data_loader"], self.secure_rng)  # for its error, before anything is wrapped
         module, optimizer, criterion, data_loader = super().make_private(**kwargs)
         criterion.clipped_backward = MODES[mode]
         criterion.module.nonfinite = nonfinite
@@ -115,7 +146,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
         if isinstance(optimizer, DPOptimizerFastGradientClipping):
             torch.seed()
-            if optimizer.generator is not None:
+            if isinstance(optimizer.generator, torch.Generator):
                 optimizer.generator.seed()
         return checkpoint
 
@@ -149,6 +180,13 @@ class PrivacyEngine(OpacusPrivacyEngine):
             return module
         wrapper = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
         return wrapper(module, batch_first=batch_first, loss_reduction=loss_reduction, max_grad_norm=max_grad_norm)
+
+    def _prepare_data_loader(self, data_loader: DataLoader, *, poisson_sampling: bool, **kwargs: Any) -> DataLoader:
+        # Opacus' secure mode without Poisson sampling would give the caller's sampler another generator.
+        poisson = super()._prepare_data_loader(
+            data_loader, poisson_sampling=poisson_sampling or self.secure_mode, **kwargs
+        )
+        return secured(poisson if poisson_sampling else data_loader, self.secure_rng) if self.secure_mode else poisson
 
     def _prepare_optimizer(
         self,

@@ -166,20 +166,20 @@ def norms_without_one_parameter(patch: pytest.MonkeyPatch) -> None:
 
 
 def change_noise(patch: pytest.MonkeyPatch, std_of: Callable[[Tensor, float], float]) -> None:
-    right = DPOptimizerFastGradientClipping.noise
+    right = DPOptimizerFastGradientClipping.with_noise
 
-    def changed(self: DPOptimizerFastGradientClipping, std: float, like: Tensor) -> Tensor:
-        return right(self, std_of(like, std), like)
+    def changed(self: DPOptimizerFastGradientClipping, values: Tensor, std: float) -> Tensor:
+        return right(self, values, std_of(values, std))
 
-    patch.setattr(DPOptimizerFastGradientClipping, "noise", changed)
+    patch.setattr(DPOptimizerFastGradientClipping, "with_noise", changed)
 
 
 def noise_by_a_smaller_norm(patch: pytest.MonkeyPatch) -> None:
-    change_noise(patch, lambda like, std: std / 1.5)
+    change_noise(patch, lambda values, std: std / 1.5)
 
 
 def noise_on_all_but_one_parameter(patch: pytest.MonkeyPatch) -> None:
-    change_noise(patch, lambda like, std: 0.0 if like.shape == (COORDINATES,) else std)
+    change_noise(patch, lambda values, std: 0.0 if values.shape == (COORDINATES,) else std)
 
 
 def rate_of_half(patch: pytest.MonkeyPatch) -> None:
