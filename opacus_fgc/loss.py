@@ -120,6 +120,11 @@ class DPTensorFastGradientClipping(OpacusTensor):
                 raise ValueError(
                     f"losses of different reductions: {self.loss_reduction!r} and {other.loss_reduction!r}"
                 )
+            if other.loss_per_sample.shape != self.loss_per_sample.shape:
+                raise ValueError(
+                    f"losses of different batches, of {len(self.loss_per_sample)} and {len(other.loss_per_sample)} samples; call "
+                    "backward() on each"
+                )
             return other.loss_per_sample
         if isinstance(other, Tensor) and other.requires_grad:
             raise ValueError(

@@ -339,6 +339,29 @@ def test_arithmetic_that_mixes_samples_or_hides_gradients_is_refused() -> None:
         loss + DPTensorFastGradientClipping(module, criterion.optimizer, loss.loss_per_sample, "sum")
 
 
+@pytest.mark.parametrize("sizes", [(N, 1), (1, N)])
+def test_losses_of_different_batches(sizes: tuple[int, int]) -> None:
+    """One of a single sample would be added to every other's."""
+    module, criterion = wrapped(nn.Linear(3, 2), nn.MSELoss())
+    first, second = (criterion(module(torch.randn(n, 3)), torch.zeros(n, 2)) for n in sizes)
+    with pytest.raises(ValueError, match=f"losses of different batches, of {sizes[0]} and {sizes[1]} samples"):
+        first + second
+
+
+@pytest.mark.parametrize("shape", [(N, 1), (N, 2), ()])
+def test_losses_that_are_not_one_value_a_sample(shape: tuple[int, ...]) -> None:
+    module, criterion = wrapped(nn.Linear(3, 2), nn.MSELoss())
+    with pytest.raises(ValueError, match=r"it has to be one value a sample, shape \(N,\)"):
+        DPTensorFastGradientClipping(module, criterion.optimizer, torch.zeros(shape))
+
+
+def test_weights_that_are_not_one_value_a_sample() -> None:
+    module, criterion = wrapped(nn.Linear(3, 2), nn.MSELoss())
+    loss = criterion(module(torch.randn(1, 3)), torch.zeros(1, 2))
+    with pytest.raises(ValueError, match=r"the result has shape \(5,\), the loss \(1,\)"):
+        loss * torch.rand(5)
+
+
 def test_penalty_inside_the_criterion_is_refused() -> None:
     model = nn.Linear(4, D)
     module, criterion = wrapped(

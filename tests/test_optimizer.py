@@ -256,10 +256,10 @@ def test_max_grad_norm_may_not_change_between_backward_and_step(private: Any) ->
 def test_step_needs_a_clipped_gradient(private: Any) -> None:
     _, model, optimizer, criterion, loader = private()
     x, y = next(iter(loader))
-    with pytest.raises(ValueError, match="without a clipped gradient"):
+    with pytest.raises(ValueError, match=r"step\(\) without a clipped gradient"):
         optimizer.step()
     nn.functional.cross_entropy(model(x), y).backward()
-    with pytest.raises(ValueError, match="without a clipped gradient"):
+    with pytest.raises(ValueError, match=r"step\(\) without a clipped gradient"):
         optimizer.step()
     criterion(model(x), y).backward()
     optimizer.step()
@@ -269,7 +269,7 @@ def test_step_needs_a_clipped_gradient(private: Any) -> None:
     with pytest.raises(ValueError, match="haven't been cleared"):
         optimizer.step()
     optimizer.zero_grad()
-    with pytest.raises(ValueError, match="without a clipped gradient"):
+    with pytest.raises(ValueError, match=r"step\(\) without a clipped gradient"):
         optimizer.step()
 
 

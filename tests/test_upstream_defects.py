@@ -138,7 +138,7 @@ def test_sample_that_is_not_finite(private: Any, bad: float) -> None:
     _, module, optimizer, criterion = private(nn.Linear(4, 3), x, y, nn.CrossEntropyLoss())
     with pytest.raises(ValueError, match="1 of 8 samples"):
         criterion(module(x), y).backward()
-    with pytest.raises(ValueError, match="without a clipped gradient"):
+    with pytest.raises(ValueError, match=r"step\(\) without a clipped gradient"):
         optimizer.step()
     assert torch.isfinite(module._module.weight).all()
 
