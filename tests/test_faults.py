@@ -117,6 +117,30 @@ def test_broken_off_anywhere(mode: str, error: Callable[[], BaseException], firs
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_backward_that_is_tried_again(mode: str) -> None:
+    """As a loop does that catches what breaks off, without `zero_grad` in between: half a sum is not added to."""
+    other = Run(mode)
+    other.step()
+    operation = 0
+    while True:
+        operation += 2
+        run = Run(mode)
+        loss = run.criterion(run.module(run.x), run.y)
+        try:
+            with BreakOff(operation, torch.OutOfMemoryError):
+                loss.backward()
+        except torch.OutOfMemoryError:
+            run.criterion(run.module(run.x), run.y).backward()
+            run.optimizer.step()
+            for actual, wanted in zip(run.weights(), other.weights(), strict=True):
+                assert_equal(actual, wanted, "weights")
+            assert run.steps() == other.steps() == 1
+        else:
+            break
+    assert operation > 40
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_interrupt_between_backward_and_step(mode: str) -> None:
     """The sum is whole and waits."""
     run, other = Run(mode), Run(mode)
