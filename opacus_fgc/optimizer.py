@@ -135,6 +135,8 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 "call enable_hooks() after the second.)"
             )
         self.module.clipped_sum.check_norm(self.max_grad_norm)
+        if not self.params:
+            raise ValueError("none of the optimizer's parameters is trainable, so this step would train nothing")
         names = {param: name for name, param in self.module._module.named_parameters()}
         missing = [
             names.get(param, f"one of shape {tuple(param.shape)} that the model does not have")

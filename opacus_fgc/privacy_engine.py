@@ -280,10 +280,13 @@ def _check_arguments(
         )
     if len(data_loader) == 0:
         raise ValueError("the data loader has no batches, so there is no sampling rate to account for")
-    params = set(module.parameters())
-    strangers = [
-        param for param in chain(*(group["params"] for group in optimizer.param_groups)) if param not in params
-    ]
+    params, optimized = set(module.parameters()), list(chain(*(group["params"] for group in optimizer.param_groups)))
+    strangers = [param for param in optimized if param not in params]
+    if not any(param.requires_grad for param in optimized):
+        raise ValueError(
+            "the optimizer has no trainable parameter, so it would train nothing. If the model was changed after the optimizer "
+            "was made (peft.get_peft_model), make the optimizer from the parameters of the model as it is now"
+        )
     if strangers:
         shapes = ", ".join(str(tuple(param.shape)) for param in strangers[:5])
         raise ValueError(

@@ -220,6 +220,14 @@ def test_parameter_that_is_frozen_later_stands_still(mode: str) -> None:
     assert not torch.equal(run.model[0].bias, torch.zeros(5))
 
 
+def test_optimizer_that_has_nothing_to_train_any_more(mode: str) -> None:
+    run = Run(mode)
+    run.loss().backward()
+    run.model.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the optimizer's parameters is trainable"):
+        run.optimizer.step()
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_replaced_parameters(mode: str, trainable: bool) -> None:
     run = Run(mode)

@@ -255,6 +255,16 @@ def test_bad_input_is_refused_and_changes_nothing(name: str, wrap_model: bool, m
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_optimizer_that_was_made_before_the_adapters(mode: str) -> None:
+    model = classifier()
+    keywords = arguments(model, grad_sample_mode=mode)
+    model.requires_grad_(False)
+    model.append(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match=r"no trainable parameter.*peft\.get_peft_model"):
+        PrivacyEngine().make_private(**keywords)
+
+
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0}, {"loss_reduction": "none"}])
 def test_wrapper_refuses_bad_input(options: dict[str, Any]) -> None:
     model = classifier()
