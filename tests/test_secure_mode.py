@@ -267,7 +267,9 @@ def test_shapes_and_strides() -> None:
 def test_every_value_gets_its_own_noise(n: int) -> None:
     values = torch.arange(n) + 0.5
     noise = SecureGenerator().add_normal(values, 0.01) - values
-    assert ((noise != 0) & (noise.abs() < 0.1)).all()
+    assert (noise.abs() < 0.1).all()
+    # One value in three million is not moved off its place on the grid.
+    assert (noise == 0).sum() <= 5
     assert stats.kstest(noise.numpy() / 0.01, "norm").pvalue > 1e-6
 
 
