@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Buffers:
-    """A copy of all buffers of a model.
+    """A copy of all buffers of a model, and of the plain attributes by which modules know what they have made of them.
 
     Args:
         model: the model.
@@ -18,8 +18,16 @@ class Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._tables = {module: dict(module._buffers) for module in model.modules()}
+        self._flags = {module: _flags(module) for module in self._tables}
         self._versions = {path: (buffer, buffer._version) for path, buffer in model.named_buffers()}
         self._values = {buffer: buffer.clone() for buffer, _ in self._versions.values()}
+
+    def renewed(self, model: nn.Module) -> Buffers:
+        """The same of now; what has not changed is not copied again."""
+        if self.changed(model):
+            return Buffers(model)
+        self._flags = {module: _flags(module) for module in self._tables}
+        return self
 
     def changed(self, model: nn.Module) -> set[str]:
         """The names of buffers that were written to, replaced or added since."""
@@ -30,14 +38,23 @@ class Buffers:
         return before is buffer and version == buffer._version
 
     def restore(self) -> None:
-        """Makes all buffers what they were."""
+        """Makes all of them what they were."""
         for module, table in self._tables.items():
             module._buffers.clear()
             module._buffers.update(table)
+            for name in _flags(module).keys() - self._flags[module].keys():
+                delattr(module, name)
+            vars(module).update(self._flags[module])
         with torch.no_grad():
             for buffer, version in self._versions.values():
                 if buffer._version != version:
                     buffer.copy_(self._values[buffer])
+
+
+def _flags(module: nn.Module) -> dict[str, object]:
+    """Attributes of a module that are numbers and the like: counters, and whether a table was made."""
+    attributes = vars(module).items()
+    return {name: value for name, value in attributes if isinstance(value, (int, float, str)) and name != "training"}
 
 
 @contextmanager

@@ -133,6 +133,20 @@ class Growing(nn.Linear):
         return super().forward(x) * self.table[: x.shape[1], None]
 
 
+class BuiltOnce(nn.Linear):
+    """Makes a table in its first forward, and knows so by an attribute that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.built = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.built:
+            self.register_buffer("table", torch.arange(3.0).cos())
+            self.built = True
+        return super().forward(x) * self.table
+
+
 class Scaled(nn.Linear):
     """Has a constant buffer in a trainable layer, as the embedding of Gemma does."""
 
@@ -148,6 +162,7 @@ ALLOWED = {
     "counter": Counting,
     "counter-in-place": CountingInPlace,
     "table-that-grows": Growing,
+    "table-that-is-built-once": BuiltOnce,
     "constant": Scaled,
     "spectral-norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)),
     "spectral-norm-and-dropout": lambda: Apply(
