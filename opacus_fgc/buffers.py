@@ -22,13 +22,6 @@ class Buffers:
         self._versions = {path: (buffer, buffer._version) for path, buffer in model.named_buffers()}
         self._values = {buffer: buffer.clone() for buffer, _ in self._versions.values()}
 
-    def renewed(self, model: nn.Module) -> Buffers:
-        """The same of now; what has not changed is not copied again."""
-        if self.changed(model):
-            return Buffers(model)
-        self._flags = {module: _flags(module) for module in self._tables}
-        return self
-
     def changed(self, model: nn.Module) -> set[str]:
         """The names of buffers that were written to, replaced or added since."""
         return {path for path, buffer in model.named_buffers() if not self._has(path, buffer)}
@@ -37,14 +30,20 @@ class Buffers:
         before, version = self._versions.get(path, (None, 0))
         return before is buffer and version == buffer._version
 
-    def restore(self) -> None:
-        """Makes all of them what they were."""
+    def restore(self, counters: bool = True) -> None:
+        """Makes all of them what they were.
+
+        Args:
+            counters: whether also the attributes of modules to which no buffer was added.
+        """
         for module, table in self._tables.items():
+            added = module._buffers.keys() - table.keys()
             module._buffers.clear()
             module._buffers.update(table)
-            for name in _flags(module).keys() - self._flags[module].keys():
-                delattr(module, name)
-            vars(module).update(self._flags[module])
+            if added or counters:
+                for name in _flags(module).keys() - self._flags[module].keys():
+                    delattr(module, name)
+                vars(module).update(self._flags[module])
         with torch.no_grad():
             for buffer, version in self._versions.values():
                 if buffer._version != version:

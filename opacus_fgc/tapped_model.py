@@ -211,7 +211,8 @@ class TappedModel(OpacusHooks):
             record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
             self._verify(record, module, (args, kwargs))
         self._outermost = module
-        self._buffers_before = self._buffers_before.renewed(self._module)
+        if self._buffers_before.changed(self._module):
+            self._buffers_before = Buffers(self._module)
         if self._operations or self._ops.params:
             self._ops.enter(record.batch_size_seen)
 
