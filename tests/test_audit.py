@@ -142,6 +142,7 @@ def test_the_bound_of_randomized_response() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_the_accountant_is_right(mode: str) -> None:
     bound, epsilon = audit(mode)
+    print(f"\n{mode}: epsilon is {bound:.2f} or more; {epsilon:.2f} by the accountant")
     # Were the bound far below, it could not tell right from wrong.
     assert 0.6 * epsilon < bound < epsilon
 
@@ -214,4 +215,5 @@ def half_of_the_steps(patch: pytest.MonkeyPatch) -> None:
 def test_the_audit_sees_what_is_broken(mode: str, break_it: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(monkeypatch)
     bound, epsilon = audit(mode)
+    print(f"\n{mode}, {break_it.__name__}: {bound:.2f} or more; {epsilon:.2f} by the accountant")
     assert bound > epsilon
