@@ -299,15 +299,14 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             return f"forward, in the input of {self.record.first_not_finite}"
         if self.record.looking:
             return "the loss, while the inputs of all trainable layers are finite"
-        names = {param: name for name, param in self._module.named_parameters()}
         first = next(param for param, norm in self.record.measured() if not _is_finite([norm]))
-        return f"backward, in the gradient of {names[first]}"
+        return f"backward, in the gradient of {self._names[first]}"
 
     def _check_trainable(self, loss_per_sample: Tensor) -> None:
         if not loss_per_sample.requires_grad:
             raise RuntimeError("the loss does not depend on any trainable layer of the wrapped model")
         names = {param: name for name, param in trainable_parameters(self._module)}
-        late = set(names).difference(self.trainable_parameters)
+        late = names.keys() - self._names.keys()
         if late:
             raise ValueError(
                 f"{', '.join(sorted(names[param] for param in late))} did not require gradients, or was not there, when the "

@@ -104,18 +104,16 @@ class _Pending:
     """All of a call but its tensors, which autograd keeps. Made for every call of every layer, so it is kept light."""
 
     __slots__ = (
-        *(
-            "autocast",
-            "batch_axis",
-            "fingerprint",
-            "leaves",
-            "outputs",
-            "params",
-            "receive",
-            "samples",
-            "shown_to",
-            "spec",
-        ),
+        "autocast",
+        "batch_axis",
+        "fingerprint",
+        "leaves",
+        "outputs",
+        "params",
+        "receive",
+        "samples",
+        "shown_to",
+        "spec",
     )
 
     def __init__(self, params: Collection[Tensor], receive: Receiver, batch_axis: int, samples: Tensor | None) -> None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import PrivacyEngine
 from opacus_fgc.privacy_engine import MODES
+from tests.case import two_passes_by_hand
 
 SIZE, BATCH = 60, 10
 RATE = BATCH / SIZE
@@ -175,11 +176,7 @@ def passes_by_hand(private: Private) -> list[Steps]:
     for x, y in private.loader:
         private.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(private.model(x), y, reduction="none")
-        loss.mean().backward(retain_graph=True)
-        coef = private.model.get_clipping_coef()
-        private.model.disable_hooks()
-        (coef * loss).sum().backward()
-        private.model.enable_hooks()
+        two_passes_by_hand(private.model, loss)
         private.optimizer.step()
         number += 1
     return [Steps(1.0, RATE, number)]

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_fgc import DPOptimizerFastGradientClipping, GradSampleModuleFastGradientClipping, PrivacyEngine
 from opacus_fgc.clipping import AdaptiveClipping
 from opacus_fgc.privacy_engine import MODES
+from tests.case import two_passes_by_hand
 from tests.reference import reference
 from tests.test_optimizer import flat
 
@@ -239,11 +240,7 @@ def test_two_passes_by_hand() -> None:
             run.optimizer.zero_grad()
             if by_hand:
                 loss = nn.functional.cross_entropy(run.net(x), y, reduction="none")
-                loss.mean().backward(retain_graph=True)
-                coef = run.net.get_clipping_coef()
-                run.net.disable_hooks()
-                (coef * loss).sum().backward()
-                run.net.enable_hooks()
+                two_passes_by_hand(run.net, loss)
             else:
                 run.backward(x, y)
             run.optimizer.step()

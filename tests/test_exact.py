@@ -14,7 +14,7 @@ from opacus_fgc import (
     GradSampleModuleFastGradientClipping,
 )
 from opacus_fgc.loss import book_keeping, double_backward
-from tests.case import Case, N
+from tests.case import Case, N, two_passes_by_hand
 from tests.operation_cases import CASES
 from tests.reference import Reference, reference
 
@@ -96,12 +96,7 @@ def test_two_passes_by_hand(case: Case, entry: str) -> None:
     batch_axis = 0 if case.batch_first else 1
     criterion = case.loss("mean")
     loss = torch.stack([criterion(output.narrow(batch_axis, n, 1), target.narrow(0, n, 1)) for n in range(N)])
-
-    loss.mean().backward(retain_graph=True)
-    coef = wrapper.get_clipping_coef()
-    wrapper.disable_hooks()
-    (coef * loss).sum().backward()
-    wrapper.enable_hooks()
+    two_passes_by_hand(wrapper, loss)
 
     clipped = oracle.clipped_sum(max_grad_norm)
     for name, param in model.named_parameters():

@@ -332,6 +332,13 @@ def seed_everything() -> None:
     random.seed(1)
 
 
+def assert_all_differ(noise: list[Tensor], batches: list[Any]) -> None:
+    for a, b in itertools.combinations(noise, 2):
+        assert not torch.isclose(a, b, rtol=0, atol=1e-9).any()
+    for a, b in itertools.combinations(batches, 2):
+        assert a != b
+
+
 @pytest.mark.parametrize("poisson_sampling", [True, False])
 def test_no_seed_makes_a_run_again(private: Any, poisson_sampling: bool) -> None:
     x, y = batch()
@@ -343,10 +350,7 @@ def test_no_seed_makes_a_run_again(private: Any, poisson_sampling: bool) -> None
             seed_everything()
             noise.append(noise_of(model, optimizer, criterion, x, y))
             batches.append(list(loader.batch_sampler))
-    for a, b in itertools.combinations(noise, 2):
-        assert not torch.isclose(a, b, rtol=0, atol=1e-9).any()
-    for a, b in itertools.combinations(batches, 2):
-        assert a != b
+    assert_all_differ(noise, batches)
 
 
 RANDOM = ["normal", "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "bernoulli", "multinomial"]
@@ -389,10 +393,7 @@ def test_checkpoint_has_nothing_of_the_generator(private: Any) -> None:
         assert resumed.accountant.history == [(1.0, BATCH / SIZE, 1)]
         noise.append(noise_of(other, other_optimizer, other_criterion, x, y))
         batches.append(list(other_loader.batch_sampler))
-    for a, b in itertools.combinations(noise, 2):
-        assert not torch.isclose(a, b, rtol=0, atol=1e-9).any()
-    for a, b in itertools.combinations(batches, 2):
-        assert a != b
+    assert_all_differ(noise, batches)
 
 
 # The batches
