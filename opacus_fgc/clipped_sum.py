@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_fgc.layout import local
+
 
 @dataclass
 class ClippedSum:
@@ -44,9 +46,10 @@ class ClippedSum:
         for param, gradient in gradients:
             if gradient is None:
                 gradient = torch.zeros_like(param)
-            elif gradient.layout != torch.strided:
+            if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
-            if gradient.dtype is torch.float16 and not torch.isfinite(gradient).all():
+            part = local(gradient)
+            if part.dtype is torch.float16 and not torch.isfinite(part).all():
                 raise ValueError(
                     "the clipped sum overflows in float16; take a smaller max_grad_norm, or float32 parameters under autocast"
                 )
@@ -55,8 +58,8 @@ class ClippedSum:
                 summed.add_(gradient)
                 continue
             # Autograd may give one tensor for several parameters or elements, and what comes next is added in place.
-            shared = gradient.data_ptr() in stored or 0 in gradient.stride()
-            stored.add(gradient.data_ptr())
+            shared = part.data_ptr() in stored or 0 in part.stride()
+            stored.add(part.data_ptr())
             param.summed_grad = gradient.detach().clone() if shared else gradient.detach()
         self.passes += 1
         self.norms.append(norms.detach())

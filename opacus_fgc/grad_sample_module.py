@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.layout import local
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
@@ -21,8 +22,9 @@ from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import NOTHING, Budget, Keep
 from opacus_fgc.precision import full_precision
 from opacus_fgc.record import Record
+from opacus_fgc.shards import View, view
 from opacus_fgc.tapped_model import Tapped, TappedModel
-from opacus_fgc.taps import Call, Use, untapped
+from opacus_fgc.taps import Call, Use
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -84,7 +86,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         if strict:
             refuse_running_statistics(m)
         self._prepare(m, force_functorch)
-        self._names = {param: name for name, param in trainable_parameters(m)}
+        self._names = {param: name for name, param in trainable_parameters(m)}  # as they are between two forwards
         self.clipped_sum = ClippedSum()
         self._second_pass: dict[Any, Tensor] | None = None
         self._plan: Unwatched = UNWATCHED
@@ -155,7 +157,9 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         self._plan.lap()
         try:
             with full_precision(uses[0].backprops[0].device):
-                measured = self.record.receive(self._forms(module, layer, uses), uses)
+                seen = view(module, uses, {name: self._unsharded.of(param) for name, param in layer.params.items()})
+                uses = seen.uses
+                measured = self.record.receive(self._forms(seen, layer), uses)
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
         for param, one in measured.items():
@@ -164,18 +168,22 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             self.record.first_not_finite = layer.name
         self._plan.measured(layer, uses, measured)
 
-    def _forms(self, module: Any, layer: Tapped, uses: Sequence[Use]) -> Forms:
+    def _forms(self, seen: View, layer: Tapped) -> Forms:
         assert self.record is not None
         try:
-            forms = layer.sampler(module, uses, self.record.interleave)
-            check_forms(layer.params, forms)
+            forms = layer.sampler(seen.layer, seen.uses, self.record.interleave)
+            check_forms(seen.params, forms)
             if self.record.budget.keep.everything and any(isinstance(form, NormOnly) for form in forms.values()):
                 raise NormsOnlyError
         except NormsOnlyError:
             # Functorch answers for the children as well, but they have taps of their own.
-            gradients = find_gradient_sampler(module)(module, uses, self.record.interleave)
-            forms = {param: gradients[param] for param in layer.params.values() if param in gradients}
-        return {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
+            forms = find_gradient_sampler(seen.layer)(seen.layer, seen.uses, self.record.interleave)
+        own = {seen.params[name]: param for name, param in layer.params.items()}
+        return {
+            own[param]: self._as_configured(form)
+            for param, form in forms.items()
+            if param.requires_grad and param in own
+        }
 
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
@@ -203,7 +211,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         if self.record is not None:
             for module, uses in self.record.unfinished():
                 self._measure(module, uses)
-            for param, norm in self.record.norms(self.trainable_parameters).items():
+            norms = self.layout.whole_norms(self.record.norms(self.trainable_parameters))
+            for param, norm in norms.items():
                 param._norm_sample = norm
         if any(getattr(param, "_norm_sample", None) is None for param in self.trainable_parameters):
             raise RuntimeError("no per-sample norms: run forward and backward on the wrapped model first")
@@ -218,7 +227,13 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         Raises:
             RuntimeError: if there was no backward through the taps.
             ValueError: if a norm is inf or NaN.
+            NotImplementedError: under FSDP and tensor parallel.
         """
+        if self.layout.forward_communicates:
+            raise NotImplementedError(
+                "a loop with two passes by hand does not go with FSDP and tensor parallel; use a criterion from make_private, or "
+                "DPLossFastGradientClipping"
+            )
         coef = self.clipping.coefficients(self.get_norm_sample())
         self._second_pass = {}
         return coef
@@ -241,6 +256,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 parameter past its layer.
         """
         self._check_trainable(loss_per_sample)
+        self.layout.check_samples(loss_per_sample)
         record = self._open_record()
         record.step, record.loss_scale = object(), loss_scale
         norms = self._pass_to_taps(record, loss_per_sample, keep)
@@ -305,20 +321,21 @@ class GradSampleHooksFastGradientClipping(TappedModel):
     def _check_trainable(self, loss_per_sample: Tensor) -> None:
         if not loss_per_sample.requires_grad:
             raise RuntimeError("the loss does not depend on any trainable layer of the wrapped model")
-        names = {param: name for name, param in trainable_parameters(self._module)}
+        every = self._named_parameters(self._module)
+        names = {param: name for name, param in every.items() if param.requires_grad}
         late = names.keys() - self._names.keys()
         if late:
             raise ValueError(
                 f"{', '.join(sorted(names[param] for param in late))} did not require gradients, or was not there, when the "
                 "model was wrapped; wrap it anew with all parameters that are to be trained"
             )
-        gone = self._names.keys() - set(self._module.parameters())
+        gone = self._names.keys() - set(every.values())
         if gone:
             raise ValueError(
                 f"{', '.join(sorted(self._names[param] for param in gone))} was replaced or removed since the model was wrapped, "
                 "so that the optimizer would train what the model does not use; wrap model and optimizer anew"
             )
-        outside = untapped([loss_per_sample], names)
+        outside = self._untapped([loss_per_sample])
         if outside:
             raise ValueError(
                 f"the loss depends on {', '.join(sorted(names[param] for param in outside))} past the layer that has it, so "
@@ -384,25 +401,25 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
         """
         assert self.record is not None
-        if self.record.samples is not None and self.record.unkept:
+        rest = self.layout.of_any(self.record.unkept)
+        if rest and self.layout.least(self.record.samples is None) == 0:
             # In a second pass inf and NaN would go through all that coefficients can do.
             samples, self.record = self.record.samples, self.record.again()
             self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True))
-            self.record.samples = samples
-        unused = dict.fromkeys(self.trainable_parameters)
+            self.record.samples, rest = samples, []
+        later = set(rest)
         self._plan.lap()
-        for param, weighted_sum in self.record.weighted_sums(coef):
-            del unused[param]
-            yield param, weighted_sum
-            self._plan.summed(param)
-        rest = self.record.unkept
+        # In an order that all ranks have.
+        for param in self.trainable_parameters:
+            if param not in later:
+                yield param, self.layout.as_parameter(param, self.record.weighted_sum(param, coef))
+                self._plan.summed(param)
         if rest:
             with self.hooks_off():
                 weighted = self.record.loss_scale * (coef.to(loss_per_sample) * loss_per_sample).sum()
-                gradients = torch.autograd.grad(weighted, rest, allow_unused=True)
-            unused.update(zip(rest, map(self._unscaled, gradients), strict=True))
+                gradients = self.layout.second_pass(weighted, rest, self._unsharded.of)
+            yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._plan.second_pass(rest)
-        yield from unused.items()
 
     def _unscaled(self, gradient: Tensor | None) -> Tensor | None:
         assert self.record is not None
@@ -437,7 +454,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
 
 
 def _is_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors)
 
 
 class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, GradSampleModule):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.buffers import Buffers, restored
@@ -43,6 +44,11 @@ class Seen(NamedTuple):
 
 def look_at(where: str, value: Tensor, axis: int, tapped: bool = True) -> Seen:
     """Keeps of a tensor what `check_independence` compares: rows by norm, sum, and a weighted sum, instead of themselves."""
+    if isinstance(value, DTensor):
+        if any(placement.is_partial() for placement in value.placements):
+            # Its rows show where its parts have been added up.
+            return Seen(where, value.shape, axis, None, tapped=False)
+        value = value.full_tensor()
     if value.dim() <= axis:
         return Seen(where, value.shape, axis, None, tapped)
     flat = value.detach().movedim(axis, 0).unsqueeze(-1).flatten(1)

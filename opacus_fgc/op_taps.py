@@ -70,8 +70,8 @@ class OpTaps(TorchFunctionMode):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.params = frozenset(params)
-        self._others = frozenset(others)
+        self.params = set(params)
+        self._others = set(others)
         self._tap_op = tap_op
         self._observe = observe
         self._batch_first = batch_first
@@ -105,6 +105,10 @@ class OpTaps(TorchFunctionMode):
                 self.__exit__(None, None, None)
                 if self._compiled:
                     self._stance.__exit__(None, None, None)
+
+    def add(self, param: Tensor, seen: Tensor) -> None:
+        """Treats a tensor as it treats a parameter, in whose place it is."""
+        (self.params if param in self.params else self._others).add(seen)
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether a tensor is known to be computed from parameters and constants alone."""

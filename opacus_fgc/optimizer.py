@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         optimizer: the optimizer that makes the step; any of ``torch.optim``.
         noise_multiplier: standard deviation of the noise as a multiple of ``max_grad_norm``.
         max_grad_norm: the clipping norm ``C``. It has to be the module's; see `attach`.
-        expected_batch_size: what the sum is divided by with ``loss_reduction="mean"``.
+        expected_batch_size: what the sum is divided by with ``loss_reduction="mean"``; that of one rank, where ranks have
+            shares of a batch.
         loss_reduction: "mean" or "sum".
         generator: source of the noise. If None, torch's default; with ``secure_mode`` a new `SecureGenerator`.
         secure_mode: noise that nobody can predict and that withstands floating-point attacks; see `SecureGenerator`.
@@ -56,7 +58,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         *,
         noise_multiplier: float,
         max_grad_norm: float,
-        expected_batch_size: int | None,
+        expected_batch_size: float | None,
         loss_reduction: str = "mean",
         generator: torch.Generator | SecureGenerator | None = None,
         secure_mode: bool = False,
@@ -75,6 +77,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         self.clipping = FlatClipping(max_grad_norm) if clipping is None else clipping
         self.clipping.gradient_noise_multiplier(noise_multiplier)  # refuses what it cannot serve
         self.module: GradSampleHooksFastGradientClipping | None = None
+        self.generator: torch.Generator | SecureGenerator | None
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -111,6 +114,8 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             )
         self.module = module
         module.clipping = self.clipping
+        if not isinstance(self.generator, SecureGenerator):
+            self.generator = module.layout.own_generator(self.generator)
 
     @property
     def accumulated_iterations(self) -> int:
@@ -167,17 +172,27 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             ValueError: if there was no `zero_grad` since the last step, or ``noise_multiplier`` is now too large for the
                 clipping rule.
         """
+        assert self.module is not None  # checked by `accumulate`
         std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
         for param in self.params:
             _check_processed_flag(param.summed_grad)
-            param.grad = self.with_noise(param.summed_grad, std)
+        for param, gradient in self.module.layout.released(self.params, partial(self.with_noise, std=std)):
+            param.grad = gradient
             _mark_as_processed(param.summed_grad)
+
+    def scale_grad(self) -> None:
+        """Divides the noisy sum by the number of samples that is expected on all ranks, with ``loss_reduction="mean"``."""
+        super().scale_grad()
+        assert self.module is not None  # checked by `accumulate`
+        if self.loss_reduction == "mean" and self.module.layout.data_ranks > 1:
+            for param in self.params:
+                param.grad /= self.module.layout.data_ranks
 
     def noisy_mean(self, total: Tensor, std: float) -> Tensor:
         """The mean of something over the samples of this step, as it may be released.
 
         Args:
-            total: its sum over the samples.
+            total: its sum over this rank's samples, a scalar.
             std: standard deviation of the noise on that sum.
 
         Returns:
@@ -188,7 +203,10 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         """
         if self.expected_batch_size is None:
             raise ValueError("expected_batch_size is None; the optimizer's clipping rule needs it")
-        return self.with_noise(total, std) / (self.expected_batch_size * self.accumulated_iterations)
+        assert self.module is not None  # checked by `accumulate`
+        layout = self.module.layout
+        noisy = layout.noisy_total(total, partial(self.with_noise, std=std))
+        return noisy / (self.expected_batch_size * layout.data_ranks * self.accumulated_iterations)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:
         """Makes the noisy gradient and moves the clipping norm, unless this step is to be skipped to go on summing.

@@ -9,25 +9,25 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from opacus import PrivacyEngine as OpacusPrivacyEngine
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from opacus.utils.module_utils import trainable_modules
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe
 from opacus_fgc.clipping import RULES, FlatClipping
 from opacus_fgc.criterion import check_criterion
+from opacus_fgc.distributed_sampling import check_parts, shared
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
 )
+from opacus_fgc.layout import Layout
 from opacus_fgc.loss import DPLossFastGradientClipping, book_keeping, double_backward
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier
 from opacus_fgc.secure_random import SecureGenerator
@@ -35,6 +35,9 @@ from opacus_fgc.secure_sampling import secured
 
 MODES = {"ghost": double_backward, "ghost_bk": book_keeping}
 """How each ``grad_sample_mode`` that this package serves gets the clipped sum; all others are Opacus' own."""
+
+NAMES = {"ghost_fsdp": "ghost", "ghost_tp": "ghost"}
+"""Opacus' names for "ghost" by the way a model is laid out over processes, which shows from the model."""
 
 
 class PrivacyEngine(OpacusPrivacyEngine):
@@ -92,6 +95,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             NotImplementedError: if the model, or what is asked for, is not supported.
         """
         mode = kwargs.get("grad_sample_mode")
+        mode = NAMES.get(mode, mode)  # type: ignore[arg-type]
         if mode not in MODES:
             if self.secure_mode:
                 raise NotImplementedError(
@@ -100,6 +104,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
                     "needs torchcsprng for it"
                 )
             return super().make_private(**kwargs)
+        kwargs["grad_sample_mode"] = mode
         nonfinite = kwargs.pop("nonfinite", "error")
         check_nonfinite(nonfinite)
         kwargs = _with_clipping_rule(**kwargs)
@@ -109,7 +114,25 @@ class PrivacyEngine(OpacusPrivacyEngine):
         module, optimizer, criterion, data_loader = super().make_private(**kwargs)
         criterion.clipped_backward = MODES[mode]
         criterion.module.nonfinite = nonfinite
+        layout = criterion.module.layout
+        if layout.axes:
+            poisson = kwargs.get("poisson_sampling", True)
+            data_loader = self._distributed(layout, optimizer, data_loader, poisson)
         return module, optimizer, criterion, data_loader
+
+    def _distributed(
+        self, layout: Layout, optimizer: DPOptimizerFastGradientClipping, data_loader: DataLoader, poisson: bool
+    ) -> DataLoader:
+        optimizer.expected_batch_size /= layout.data_ranks
+        layout.check_agreement(
+            {
+                "noise_multiplier": optimizer.noise_multiplier,
+                "max_grad_norm": optimizer.max_grad_norm,
+                "the size of the data set": optimizer.expected_batch_size,
+                "the number of batches": len(data_loader),
+            }
+        )
+        return shared(data_loader, layout) if poisson else data_loader
 
     def save_checkpoint(self, *, path: Any, **kwargs: Any) -> None:
         """Saves model, optimizer and budget; see `opacus.PrivacyEngine.save_checkpoint`.
@@ -196,22 +219,28 @@ class PrivacyEngine(OpacusPrivacyEngine):
         distributed: bool = False,
         clipping: Any = "flat",
         grad_sample_mode: str = "hooks",
+        expected_batch_size: float,
         **kwargs: Any,
     ) -> DPOptimizer:
         if grad_sample_mode not in MODES:
             return super()._prepare_optimizer(
                 optimizer=optimizer,
+                expected_batch_size=expected_batch_size,
                 noise_generator=noise_generator,
                 distributed=distributed,
                 clipping=clipping,
                 grad_sample_mode=grad_sample_mode,
                 **kwargs,
             )
+        if distributed:
+            # Opacus has divided by the number of processes; how many shares a batch has the layout says.
+            expected_batch_size *= dist.get_world_size()
         return DPOptimizerFastGradientClipping(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             generator=self.secure_rng if self.secure_mode else noise_generator,
             secure_mode=self.secure_mode,
             clipping=clipping,
+            expected_batch_size=expected_batch_size,
             **kwargs,
         )
 
@@ -269,11 +298,9 @@ def _check_arguments(
     if criterion is not None:
         check_criterion(criterion, loss_reduction)
     _check_layers(module)
-    if isinstance(module, (DifferentiallyPrivateDistributedDataParallel, DistributedDataParallel, FSDPModule)):
-        raise NotImplementedError(
-            f"{type(module).__name__} is not supported by this package's ghost clipping; train in one process, or use Opacus' "
-            "own PrivacyEngine"
-        )
+    layout = Layout(module)
+    if not poisson_sampling:
+        check_parts(data_loader, layout)
     if isinstance(data_loader.dataset, IterableDataset) and poisson_sampling:
         raise ValueError(
             "Poisson sampling needs a data set that can be indexed, not an IterableDataset; load it into a map-style data set"

@@ -25,13 +25,13 @@ class Record:
 
     Attributes:
         loss_scale: what the losses were multiplied with for this pass.
-        budget: what may be kept for `weighted_sums`.
+        budget: what may be kept for `weighted_sum`.
         batch_size: number of samples, None before the first backprop.
         batch_size_seen: number of samples that the model was called on, None where it does not show.
         rows_known: whether all layers are known to have their rows in the order of the samples.
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
-        samples: a mask of the samples that take part in `weighted_sums`, shape ``(N,)``; None if all do.
+        samples: a mask of the samples that take part in `weighted_sum`, shape ``(N,)``; None if all do.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
@@ -175,8 +175,9 @@ class Record:
             with full_precision(param.device):
                 self._measure(param, add(forms), Room(everything=self.budget.keep.everything))
         missing = [param for param in params if param not in self._norms]
-        zeros = torch.zeros(self.batch_size)
-        self._norms.update((param, at_least_float32(zeros.to(param))) for param in missing)
+        for param in missing:
+            zeros = torch.zeros(self.batch_size, dtype=param.dtype, device=param.device)
+            self._norms[param] = at_least_float32(zeros)
         return self._norms
 
     def measured(self) -> Iterable[tuple[Any, Tensor]]:
@@ -197,20 +198,18 @@ class Record:
                 self.budget.spend(measured.kept.elements)
         return measured
 
-    def weighted_sums(self, coef: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """``sum_n coef[n] * gradient[n]`` for each parameter with a kept form, which is given up as soon as it is used.
+    def weighted_sum(self, param: Any, coef: Tensor) -> Tensor | None:
+        """``sum_n coef[n] * gradient[n]`` from the kept form of a parameter, which is given up; None if there is none.
 
         Args:
+            param: the parameter.
             coef: shape ``(N,)``.
         """
+        form = self._kept.pop(param, None)
+        if form is None:
+            return None
         if self.samples is not None:
-            coef = coef[self.samples]
-        while self._kept:
-            param = next(iter(self._kept))
-            form = self._kept.pop(param)
-            if self.samples is not None:
-                form = form.select(self.samples.to(param.device))
-            # The context ends before the yield: what the caller does in between is not to run under it.
-            with without_autocast(param.device):
-                weighted_sum = form.weighted_sum(coef.to(param.device))
-            yield param, (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(param.dtype)
+            coef, form = coef[self.samples], form.select(self.samples.to(param.device))
+        with without_autocast(param.device):
+            weighted_sum = form.weighted_sum(coef.to(param.device))
+        return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(param.dtype)

@@ -38,11 +38,16 @@ class SecureGenerator:
                 "opacus_fgc[secure]"
             ) from error
 
+    def _key(self) -> tuple[bytes, bytes]:
+        """A key, and where to start to count: a pair that no other call has."""
+        return secrets.token_bytes(32), bytes(16)
+
     def words(self, *shape: int) -> Tensor:
         """Random bits, int64 of any value, with the given shape."""
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-        cipher = Cipher(algorithms.AES256(secrets.token_bytes(32)), modes.CTR(bytes(16))).encryptor()
+        key, start = self._key()
+        cipher = Cipher(algorithms.AES256(key), modes.CTR(start)).encryptor()
         return torch.frombuffer(bytearray(cipher.update(bytes(8 * math.prod(shape)))), dtype=torch.int64).view(shape)
 
     def uniform(self, *shape: int) -> Tensor:
@@ -95,3 +100,20 @@ class SecureGenerator:
             total = self.normal(len(source)).mul_(std).add_(source)
             target.copy_(total.div_(grid).round_().mul_(grid))
         return noisy.view(values.shape).to(values.device)
+
+
+class CommonSecureGenerator(SecureGenerator):
+    """The same numbers on all processes that have its key, which nobody else can predict; for batches, never for noise.
+
+    Args:
+        key: 32 random bytes, for this generator alone.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__()
+        self._bytes = key
+        self._calls = 0
+
+    def _key(self) -> tuple[bytes, bytes]:
+        self._calls += 1
+        return self._bytes, self._calls.to_bytes(8, "big") + bytes(8)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
 from opacus_fgc.secure_random import SecureGenerator
@@ -44,7 +44,16 @@ def secured(loader: DataLoader, generator: SecureGenerator) -> DataLoader:
     Raises:
         NotImplementedError: if batches come to be in any other way.
     """
-    batch_sampler = _secured(loader.batch_sampler, generator)
+    return with_batches(loader, _secured(loader.batch_sampler, generator))
+
+
+def with_batches(loader: DataLoader, batch_sampler: Any) -> DataLoader:
+    """A loader like another, with other batches.
+
+    Args:
+        loader: it is not changed.
+        batch_sampler: says which samples each batch has, in the main process.
+    """
     result = copy.copy(loader)
     # A data loader's own assignment refuses this after its making; an iterator with living workers would keep the old sampler.
     vars(result).update(
@@ -62,6 +71,13 @@ def _secured(batch_sampler: Any, generator: SecureGenerator) -> Sampler[list[int
             num_samples=batch_sampler.num_samples,
             sample_rate=batch_sampler.sample_rate,
             steps=batch_sampler.steps,
+            generator=generator,
+        )
+    if type(batch_sampler) is DistributedUniformWithReplacementSampler:
+        return SecurePoissonSampler(
+            num_samples=batch_sampler.total_size,
+            sample_rate=batch_sampler.sample_rate,
+            steps=len(batch_sampler),
             generator=generator,
         )
     sampler = batch_sampler.sampler if type(batch_sampler) is BatchSampler else None

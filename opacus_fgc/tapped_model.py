@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
 from opacus.layers.dp_rnn import DPRNNBase
-from opacus.utils.module_utils import has_trainable_params, trainable_parameters
+from opacus.utils.module_utils import has_trainable_params
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -26,11 +26,13 @@ from opacus_fgc.independence import (
     some_samples,
     undisturbed,
 )
+from opacus_fgc.layout import Layout
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import OpTaps
 from opacus_fgc.record import Record
+from opacus_fgc.shards import Unsharded
 from opacus_fgc.taps import Call, Receiver, leaves_of, tap, tensors_in, untapped
 
 
@@ -99,6 +101,8 @@ class TappedModel(OpacusHooks):
         self._harmless: set[str] = set()
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
+        self.layout = Layout(model)
+        self._unsharded = Unsharded(model, lambda param, seen: self._ops.add(param, seen))
         self._agree(model)
 
     def _is_compiled(self) -> bool:
@@ -140,7 +144,7 @@ class TappedModel(OpacusHooks):
         watched: set[Tensor] = set()
         for layer in self.iterate_submodules(self._module):
             sampler = self._sampler(layer)
-            params = dict(layer.named_parameters(recurse=sampler.covers_children))
+            params = self._named_parameters(layer, recurse=sampler.covers_children)
             if isinstance(sampler, ByOperation):
                 entrances.add(layer)
                 watched.update(param for param in params.values() if param.requires_grad)
@@ -152,23 +156,29 @@ class TappedModel(OpacusHooks):
         entrances.update(module for module in self._module.modules() if isinstance(module, nn.MultiheadAttention))
         for module in entrances:
             handles.append(module.register_forward_pre_hook(plain(self._enter), prepend=True, with_kwargs=True))
-            handles.append(
-                module.register_forward_hook(plain(self._leave), prepend=True, with_kwargs=True, always_call=True)
-            )
+            handles.append(module.register_forward_hook(plain(self._leave), with_kwargs=True, always_call=True))
         for layer in self._layers:
             # First of all hooks, so that the tap sees what the layer itself returned.
             handles.append(
                 layer.register_forward_hook(plain(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
-        others = {*self._module.parameters(), *self._module.buffers()} - watched
+        every = self._named_parameters(self._module).values()
+        others = {*every, *self._module.buffers()} - watched
         self._ops = OpTaps(watched, others, self._tap_operation, self._observe, self.batch_first, compiled)
         for module in self._module.modules():
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(self._begin_packed))
                 handles.append(module.register_forward_hook(self._end_packed, always_call=True))
-        for _, param in trainable_parameters(self._module):
-            handles.append(param.register_hook(partial(self._collect_second_pass, param)))
+        for param in every:
+            self._ops.add(param, self._unsharded.of(param))
+            if param.requires_grad:
+                handles.append(param.register_hook(partial(self._collect_second_pass, param)))
+        handles += self._unsharded.watch()
         self.enable_hooks()
+
+    def _named_parameters(self, module: nn.Module, recurse: bool = True) -> dict[str, Any]:
+        """The parameters of a module as the optimizer has them, whatever is in their place at the moment."""
+        return {name: self._unsharded.parameter(param) for name, param in module.named_parameters(recurse=recurse)}
 
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
         raise NotImplementedError
@@ -200,6 +210,8 @@ class TappedModel(OpacusHooks):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model, and of modules whose operations are caught; the outermost of them counts."""
+        if self._outermost is _TRIAL:
+            return
         if module is self._module:
             # After an interrupt nobody has come to `_leave`.
             self._ops.leave()
@@ -227,21 +239,28 @@ class TappedModel(OpacusHooks):
     def _refuse_data_in_buffers(self, module: nn.Module, inputs: Any) -> None:
         changed = self._buffers_before.changed(self._module) - self._harmless
         if changed:
-            size = self.record.batch_size_seen if self.record is not None else None
-            run = partial(self._trial_of_some, module, inputs, size) if size is not None and size > 1 else None
+            size = (self.record.batch_size_seen if self.record is not None else None) or 0
+            run = partial(self._trial_of_some, module, inputs, size) if self.layout.least(size) > 1 else None
             refuse_data_in_buffers(describe("", self._module), self._module, inputs, self._buffers_before, changed, run)
             self._harmless |= changed
 
     def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
         """Before the first forward: finds what escapes the taps, and whether rows are samples; on two samples."""
+        record.rows_known = bool(self._rows_known)
+        if module in self._verified and (self._rows_known is not None or module is not self._module):
+            return
         size, axis = record.batch_size_seen, 0 if self.batch_first else 1
+        least = self.layout.least(size or 0)
+        if self.layout.forward_communicates and not least:
+            # All ranks are to run the same forwards. What escapes this one is found in the loss' graph.
+            return
         if module not in self._verified:
-            some = inputs if size is None or size < 3 else some_samples(inputs, size, 0, 2, axis)
+            some = inputs if size is None or least < 3 else some_samples(inputs, size, 0, 2, axis)
             # A model that has its batch size written into it takes but the whole batch.
-            if not self._has_caught_all(module, some, size and min(size, 2)) and some is not inputs:
+            if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
                 self._has_caught_all(module, inputs, size)
             self._verified.add(module)
-        if self._rows_known is None and module is self._module and size is not None and size > 1:
+        if self._rows_known is None and module is self._module and size is not None and least > 1:
 
             def run(start: int, length: int) -> list[Seen]:
                 seen: list[Seen] = []
@@ -258,26 +277,30 @@ class TappedModel(OpacusHooks):
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
         """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""
         while True:
+            works, escaped = True, set[Any]()
             with undisturbed(self._module, inputs):
                 try:
                     output = self._trial(module, inputs, size)
                 except OUT_OF_MEMORY:
                     raise
                 except Exception:
-                    return False
-            if not self._catch_escaped(inputs, output):
-                return True
+                    works = False
+            if works:
+                outputs = [tensor for tensor in tensors_in(output) if not self._ops.is_shared(tensor)]
+                escaped = self._untapped(outputs, tensors_in(inputs))
+            if not self._catch(escaped):
+                return works
 
     def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
         """A forward that is not the user's own, of which the record keeps nothing."""
         record = self._open_record()
         kept, record.batch_size_seen = (record.expectations, record.batch_size_seen), size
-        self._outermost = module
+        self._outermost = _TRIAL
         self._ops.enter(size)
         args, kwargs = inputs
         try:
-            output = module.forward(*args, **kwargs)
-            return self.capture_activations_hook(module, args, kwargs, output) if module in self._layers else output
+            # With all hooks, and not as it is compiled.
+            return module._call_impl(*args, **kwargs)
         finally:
             self._ops.leave()
             self._outermost = None
@@ -288,22 +311,29 @@ class TappedModel(OpacusHooks):
         some = some_samples(inputs, size, start, length, 0 if self.batch_first else 1)
         return self._trial(module, some, length)
 
-    def _catch_escaped(self, inputs: Any, output: Any) -> bool:
-        """Whether something escaped the taps, so that its module had to be tapped in another way."""
-        outputs = [tensor for tensor in tensors_in(output) if not self._ops.is_shared(tensor)]
-        escaped = untapped(outputs, self.trainable_parameters, tensors_in(inputs))
-        changed = False
-        for layer in list(self.iterate_submodules(self._module)) if escaped else []:
-            if escaped.intersection(layer.parameters(recurse=False)):
-                sampler = self._sampler(layer)
-                if not isinstance(sampler, Functorch):
-                    self._overruled[layer] = Functorch() if isinstance(sampler, ByOperation) else ByOperation()
-                    changed = True
-        if changed:
+    def _catch(self, escaped: set[Any]) -> bool:
+        """Has modules whose parameters escaped the taps, on any rank, tapped in another way; says whether there are some."""
+        layers = list(self.iterate_submodules(self._module))
+        ways = self.layout.most([self._next_way(layer, escaped) for layer in layers])
+        changes = {layer: _WAYS[way] for layer, way in zip(layers, ways, strict=True) if way}
+        changes = {layer: way for layer, way in changes.items() if not isinstance(self._sampler(layer), way)}
+        if changes:
+            self._overruled.update((layer, way()) for layer, way in changes.items())
             self._agree(self._module)
             self.remove_hooks()
             self.add_hooks()
-        return changed
+        return bool(changes)
+
+    def _next_way(self, layer: nn.Module, escaped: set[Any]) -> int:
+        """The place in `_WAYS` of the way in which a layer is to be tapped; 0 if it is to stay as it is."""
+        if not escaped.intersection(self._named_parameters(layer, recurse=False).values()):
+            return 0
+        return 1 if isinstance(self._sampler(layer), Registered) else 2
+
+    def _untapped(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Any]:
+        """The parameters that something depends on past their taps; see `taps.untapped`."""
+        wanted = map(self._unsharded.of, self.trainable_parameters)
+        return set(map(self._unsharded.parameter, untapped(outputs, wanted, inputs)))
 
     def _begin_packed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""
@@ -345,10 +375,10 @@ class TappedModel(OpacusHooks):
     def _tap_operation(
         self, output: Tensor, op: Op, sampler: OpSampler, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
     ) -> Tensor:
-        params = leaves_of(op.shared.values())
+        params = [self._unsharded.parameter(leaf) for leaf in leaves_of(op.shared.values())]
         key = (op.function.__name__, sampler.name, *map(id, params))
         if key not in self._operations:
-            names = {param: name for name, param in self._module.named_parameters()}
+            names = {param: name for name, param in self._named_parameters(self._module).items()}
             path, function = ", ".join(names[param] for param in params), op.function.__name__
             own = {names[param]: param for param in params}
             receive = partial(self._receive, key)
@@ -379,13 +409,22 @@ class TappedModel(OpacusHooks):
             return output
         if not self._recomputing():
             self._open_record().expect(key, params)
+        seen = list(map(self._unsharded.of, params))
         try:
-            return tap(output, *inputs, self._anchor, params, layer.receive, axis, fingerprint, self._samples)
+            return tap(output, *inputs, self._anchor, seen, layer.receive, axis, fingerprint, self._samples)
         except NotImplementedError as error:
             raise NotImplementedError(f"{layer.name}: {error}") from error
 
     def _tapped(self, key: Any) -> Tapped:
         return self._layers[key] if isinstance(key, nn.Module) else self._operations[key]
+
+
+_TRIAL = nn.Module()
+"""What is outermost in a forward that is not the user's own."""
+
+
+_WAYS: tuple[Any, ...] = (None, ByOperation, Functorch)
+"""What is tried in turn, after a registered sampler, where a parameter escapes."""
 
 
 def _params_of(layers: Iterable[nn.Module]) -> set[Tensor]:

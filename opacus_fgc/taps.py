@@ -43,6 +43,10 @@ class Call:
         self.fingerprint = pending.fingerprint
         self.autocast = pending.autocast
 
+    def with_activations(self, activations: list[Tensor]) -> Call:
+        """The same call with other activations."""
+        return Call(self._pending, activations)
+
     def is_first_shown_to(self, receiver: Any) -> bool:
         """Whether no other receiver has seen this call's backprops before."""
         if self._pending.shown_to is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
@@ -114,6 +115,11 @@ class Functorch:
         return {param: add([forms[param] for forms in several]) for param in several[0]}
 
     def _forms(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> Forms:
+        if any(isinstance(module, FSDPModule) for module in layer.modules()):
+            raise NotImplementedError(
+                "it has no norm sampler, and torch.func cannot repeat what FSDP shards by itself. Register a norm sampler for it "
+                "(opacus_fgc.register_norm_sampler), or call fully_shard on a module around it instead"
+            )
         params = {name: param.detach() for name, param in layer.named_parameters() if param.requires_grad}
         leaves, spec = tree_flatten(call.arguments())
 

@@ -18,6 +18,7 @@ from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.ops import OpSampler
 from opacus_fgc.norm_samplers.registry import Forms, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
+from opacus_fgc.shards import plain_type
 from opacus_fgc.taps import Call, Interleave, Use, interleaved, tensors_in
 
 
@@ -124,7 +125,7 @@ def find_gradient_sampler(layer: nn.Module) -> Sampler:
 
 
 def _grad_sampler(layer: nn.Module) -> Registered | None:
-    function = GradSampleHooks.GRAD_SAMPLERS.get(type(layer))
+    function = GradSampleHooks.GRAD_SAMPLERS.get(plain_type(layer))
     return None if function is None else Registered(function, "grad sampler", _dense)
 
 

@@ -1,0 +1,172 @@
+"""What layers see in the place of a model's parameters: all of them under FSDP, shards under tensor parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from opacus_fgc.layout import Axis, cut_size, local
+from opacus_fgc.taps import Use
+
+
+class Unsharded:
+    """The tensors that stand for parameters while an FSDP module runs.
+
+    A parameter is a shard; while its module runs there is another tensor in its place, with all of it, which autograd knows.
+
+    Args:
+        model: the model, between two forwards.
+        note: told of each parameter and what stands for it.
+    """
+
+    def __init__(self, model: nn.Module, note: Callable[[Any, Tensor], None]) -> None:
+        self._model = model
+        self._note = note
+        self._seen: dict[Any, Tensor] = {}
+        self._parameters: dict[Tensor, Any] = {}
+        self._places = {module: list(module._parameters.items()) for module in model.modules()}
+
+    def watch(self) -> list[Any]:
+        """Puts hooks on the FSDP modules; returns what takes them off."""
+        fsdp = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
+        return [module.register_forward_pre_hook(self._look) for module in fsdp]
+
+    def _look(self, module: nn.Module, args: Any) -> None:
+        for inner in module.modules():
+            for name, param in self._places.get(inner, ()):
+                tensor = inner._parameters[name]
+                if tensor is not None and tensor is not param and tensor is not self.of(param):
+                    self._seen[param], self._parameters[tensor] = tensor, param
+                    self._note(param, tensor)
+
+    def of(self, param: Any) -> Tensor:
+        """What layers see in the place of a parameter; itself outside of FSDP."""
+        return self._seen.get(param, param)
+
+    def parameter(self, tensor: Any) -> Any:
+        """The parameter in whose place a tensor is."""
+        return self._parameters.get(tensor, tensor)
+
+
+class View(NamedTuple):
+    """A layer and its uses as a sampler is to see them: with what this rank has of parameters, activations and backprops.
+
+    Attributes:
+        layer: the layer, or one like it with other parameters.
+        uses: its uses.
+        params: its parameters by name.
+    """
+
+    layer: Any
+    uses: Sequence[Use]
+    params: Mapping[str, Tensor]
+
+
+def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
+    """What this rank computes of a layer's per-sample gradients.
+
+    Args:
+        layer: the layer, or what stands for a tapped operation.
+        uses: its uses.
+        params: its parameters by name, as it sees them.
+
+    Raises:
+        NotImplementedError: if it is a layer whose shards of per-sample gradients are not known.
+    """
+    meshes = {tensor.device_mesh for tensor in params.values() if isinstance(tensor, DTensor)}
+    meshes.update(
+        tensor.device_mesh
+        for use in uses
+        for tensor in (*use.call.activations, *use.backprops)
+        if isinstance(tensor, DTensor)
+    )
+    if not meshes:
+        return View(layer, uses, params)
+    (mesh,) = meshes
+    cuts = {name: cut for name, param in params.items() if (cut := _cut_of(param)) is not None}
+    if not isinstance(layer, nn.Module):
+        raise NotImplementedError(
+            "an operation on distributed tensors, whose shards of per-sample gradients are not known; leave its module out of "
+            "the plan for parallelize_module, so that it works on whole tensors"
+        )
+    inputs, outputs = _cuts_of_data(layer, cuts, params)
+    change: dict[str, Any] = {
+        "_parameters": {**layer._parameters, **{name: _detached(params[name]) for name in params}}
+    }
+    local_uses = []
+    for call, backprops in uses:
+        activations = [_placed(tensor, inputs, mesh) for tensor in call.activations]
+        local_backprops = [_placed(tensor, outputs, mesh) for tensor in backprops]
+        if isinstance(layer, nn.Embedding):
+            change["padding_idx"] = None
+            activations[0], local_backprops[0] = _rows(layer, activations[0], local_backprops[0], mesh, cuts)
+        local_uses.append(Use(call.with_activations(activations), tuple(local_backprops)))
+    stand_in: Any = object.__new__(plain_type(layer))
+    vars(stand_in).update({**vars(layer), **change})
+    return View(stand_in, local_uses, {name: stand_in._parameters[name] for name in params})
+
+
+def plain_type(layer: nn.Module) -> type:
+    """A layer's type without what FSDP puts in front of it."""
+    return next(kind for kind in type(layer).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _cut_of(param: Tensor) -> int | None:
+    """The dimension along which a parameter is cut; None if it is copied."""
+    return getattr(param.placements[0], "dim", None) if isinstance(param, DTensor) else None
+
+
+def _cuts_of_data(
+    layer: nn.Module, cuts: dict[str, int], params: Mapping[str, Tensor]
+) -> tuple[int | None, int | None]:
+    """Along which dimension activations and backprops have to be cut, so that the local layer's gradients are the shards."""
+    if not cuts:
+        return None, None
+    linear, embedding = isinstance(layer, nn.Linear), isinstance(layer, nn.Embedding)
+    if (linear and cuts == dict.fromkeys(params, 0)) or (embedding and cuts == {"weight": 1}):
+        return None, -1
+    if linear and cuts == {"weight": 1}:
+        return -1, None
+    if embedding and cuts == {"weight": 0}:
+        return None, None
+    raise NotImplementedError(
+        "it is cut in a way whose per-sample gradients are not known: tensor parallel is supported for Linear (ColwiseParallel, "
+        "RowwiseParallel), Embedding (likewise), and layers whose parameters are copied. Leave it out of the plan for "
+        "parallelize_module"
+    )
+
+
+def _placed(tensor: Tensor, cut: int | None, mesh: Any) -> Tensor:
+    """What this rank has of a tensor that is cut along a dimension, or copied."""
+    if isinstance(tensor, DTensor):
+        return local(tensor.redistribute(mesh, [Replicate() if cut is None else Shard(tensor.dim() + cut)]))
+    if cut is None:
+        return tensor
+    return (
+        DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+        .redistribute(mesh, [Shard(tensor.dim() + cut)])
+        .to_local()
+    )
+
+
+def _detached(param: Tensor) -> Tensor:
+    return local(param.detach()).requires_grad_(param.requires_grad)
+
+
+def _rows(
+    layer: nn.Embedding, index: Tensor, backprops: Tensor, mesh: Any, cuts: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """Tokens as rows of this rank's part of the table, and backprops that are 0 where the row is another rank's."""
+    axis = Axis(mesh.get_group(), data=False)
+    first, count = 0, layer.num_embeddings
+    if cuts.get("weight") == 0:
+        first = min(axis.rank * -(-layer.num_embeddings // axis.size), layer.num_embeddings)
+        count = cut_size(layer.num_embeddings, axis)
+    elsewhere = (index < first) | (index >= first + count)
+    if layer.padding_idx is not None:
+        elsewhere = elsewhere | (index == layer.padding_idx)
+    return (index - first).masked_fill(elsewhere, 0), backprops.masked_fill(elsewhere.unsqueeze(-1), 0)

@@ -1,0 +1,109 @@
+"""Processes that run the same function, each as one rank of torch.distributed (gloo)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 120
+"""Seconds after which a function that does not return counts as hung."""
+
+
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE / 2)
+    )
+    while True:
+        function, args = pipe.recv()
+        try:
+            torch.manual_seed(0)
+            pipe.send((function(*args), None))
+        except Exception as error:
+            pipe.send((None, (type(error).__name__, str(error), traceback.format_exc())))
+
+
+class Failed(AssertionError):
+    """What came of ranks of which one failed at least.
+
+    Attributes:
+        errors: type and text of the error of each rank; None for one without, or without an answer.
+    """
+
+    def __init__(self, errors: list[tuple[str, str, str] | None]) -> None:
+        self.errors = [error and error[:2] for error in errors]
+        super().__init__("\n".join(f"rank {rank}: {error[2]}" for rank, error in enumerate(errors) if error))
+
+
+class Ranks:
+    """``size`` processes. After a failure they are started anew, since others may wait for the one that failed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "opacus", "opacus_fgc"])
+        store = str(Path(tempfile.mkdtemp()) / "store")
+        for rank in range(self.size):
+            pipe, other = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, store, other), daemon=True)
+            process.start()
+            other.close()
+            self._processes.append((process, pipe))
+
+    def stop(self) -> None:
+        """Ends the processes."""
+        for process, pipe in self._processes:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._processes = []
+
+    def __call__(self, function: Callable, *args: Any) -> list[Any]:
+        """Runs a function of a module on all ranks.
+
+        Returns:
+            What it returned, by rank.
+
+        Raises:
+            Failed: if it raised on a rank, or did not return.
+        """
+        if not self._processes:
+            self._start()
+        for _, pipe in self._processes:
+            pipe.send((function, args))
+        answers = []
+        for process, pipe in self._processes:
+            try:
+                answers.append(
+                    pipe.recv() if pipe.poll(PATIENCE) else (None, ("Hung", "", f"hung: {function.__name__}"))
+                )
+            except EOFError:
+                process.join()
+                answers.append((None, ("Died", str(process.exitcode), f"died with {process.exitcode}")))
+        errors = [error for _, error in answers]
+        if any(errors):
+            self.stop()
+            raise Failed(errors)
+        return [value for value, _ in answers]
+
+
+@contextmanager
+def ranks(size: int) -> Iterator[Ranks]:
+    processes = Ranks(size)
+    try:
+        yield processes
+    finally:
+        processes.stop()
