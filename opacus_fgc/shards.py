@@ -102,7 +102,7 @@ def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
         activations = [_placed(tensor, inputs, mesh) for tensor in call.activations]
         local_backprops = [_placed(tensor, outputs, mesh) for tensor in backprops]
         if isinstance(layer, nn.Embedding):
-            change["padding_idx"] = None
+            change.update(padding_idx=None, embedding_dim=local(params["weight"]).shape[1])
             activations[0], local_backprops[0] = _rows(layer, activations[0], local_backprops[0], mesh, cuts)
         local_uses.append(Use(call.with_activations(activations), tuple(local_backprops)))
     stand_in: Any = object.__new__(plain_type(layer))

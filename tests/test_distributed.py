@@ -43,12 +43,12 @@ class Images(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 6, hidden: int = 9) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(6)
-        self.up = nn.Linear(6, 9)
-        self.down = nn.Linear(9, 6)
-        self.scale = nn.Parameter(torch.randn(6))
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.scale = nn.Parameter(torch.randn(width))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm(x)))) * self.scale
@@ -172,27 +172,25 @@ def tensor_parallel(model: nn.Module, mesh: Any = None) -> nn.Module:
     plan = {"head": ColwiseParallel(output_layouts=Replicate())}
     if isinstance(model, Table):
         plan["embedding"] = RowwiseParallel(input_layouts=Replicate())
-        plan["positions"] = ColwiseParallel(output_layouts=Replicate())
+        plan["kinds"] = ColwiseParallel(output_layouts=Replicate())
         plan["block.up"], plan["block.down"] = ColwiseParallel(), RowwiseParallel()
     return parallelize_module(model, mesh, plan)
 
 
 class Table(nn.Module):
-    """With linear layers and embeddings to cut, of sizes that no number of ranks divides, and some that are left whole."""
+    """With linear layers and embeddings to cut, two of them unevenly, and layers that are left whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(7, 6, padding_idx=5)
-        self.positions = nn.Embedding(6, 6)
-        self.token = nn.Parameter(torch.randn(1, 1, 6))
-        self.block = Block()
-        self.head = nn.Linear(6, 7)
+        self.embedding = nn.Embedding(7, 8, padding_idx=5)
+        self.kinds = nn.Embedding(3, 8)
+        self.positions = nn.Embedding(5, 8)
+        self.block = Block(8, 12)
+        self.head = nn.Linear(8, 7)
 
-    forward = Tokens.forward
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        return [self.block]
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x) + self.kinds(x % 3) + self.positions(torch.arange(x.shape[1]))
+        return self.head(self.block(x)).mean(1)
 
 
 def table() -> tuple[nn.Module, Tensor, Tensor]:
