@@ -81,12 +81,13 @@ def common_generator(layout: Layout, generator: Any) -> Any:
     return torch.Generator().manual_seed(int.from_bytes(layout.common(int(seed).to_bytes(8, "big")), "big"))
 
 
-def shared(loader: DataLoader, layout: Layout) -> DataLoader:
+def shared(loader: DataLoader, layout: Layout, generator: Any) -> DataLoader:
     """A loader like one with Poisson sampling in one process, which gives each rank its part of a batch.
 
     Args:
         loader: it is not changed.
         layout: the layout of the model.
+        generator: gives the same numbers on all ranks; see `common_generator`.
     """
     drawn: Any = loader.batch_sampler
     several = isinstance(drawn, DistributedUniformWithReplacementSampler)
@@ -94,7 +95,7 @@ def shared(loader: DataLoader, layout: Layout) -> DataLoader:
         num_samples=drawn.total_size if several else drawn.num_samples,
         sample_rate=drawn.sample_rate,
         steps=len(drawn),
-        generator=common_generator(layout, drawn.generator),
+        generator=generator,
     )
     return with_batches(loader, PartSampler(whole, layout.data_rank, layout.data_ranks))
 

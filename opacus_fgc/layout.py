@@ -424,6 +424,25 @@ def _like(param: Any, values: Tensor) -> Tensor:
     )
 
 
+def cut_as(param: Any, whole: Tensor) -> Tensor:
+    """A tensor that is cut over ranks as a parameter is.
+
+    Args:
+        param: the parameter; nothing is cut unless it is a DTensor.
+        whole: a tensor of the same shape, the same on all ranks.
+    """
+    if not isinstance(param, DTensor):
+        return whole
+    part = whole.to(param.device)
+    # Tensor parallel has the last axis and cuts first; FSDP cuts what is left.
+    for group, placement in reversed(list(zip(_groups(param), param.placements, strict=True))):
+        if not placement.is_replicate():
+            axis, size = Axis(group, data=False), part.shape[placement.dim]
+            start = min(axis.rank * -(-size // axis.size), size)
+            part = part.narrow(placement.dim, start, cut_size(size, axis))
+    return _like(param, part.contiguous())
+
+
 def _groups(param: Any) -> list[Any]:
     return param.device_mesh.get_all_groups() if isinstance(param, DTensor) else []
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import secrets
 import warnings
 from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe
 from opacus_fgc.clipping import RULES, FlatClipping
 from opacus_fgc.criterion import check_criterion
-from opacus_fgc.distributed_sampling import check_parts, shared
+from opacus_fgc.distributed_sampling import check_parts, common_generator, shared
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
@@ -32,6 +34,7 @@ from opacus_fgc.loss import DPLossFastGradientClipping, book_keeping, double_bac
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier
 from opacus_fgc.secure_random import SecureGenerator
 from opacus_fgc.secure_sampling import secured
+from opacus_fgc.whole_state import WholeState
 
 MODES = {"ghost": double_backward, "ghost_bk": book_keeping}
 """How each ``grad_sample_mode`` that this package serves gets the clipped sum; all others are Opacus' own."""
@@ -65,6 +68,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
     """
 
     def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
+        self._batches: list[torch.Generator] = []  # what draws the batches of several ranks
         if not secure_mode:
             super().__init__(accountant=accountant)
             return
@@ -132,17 +136,36 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 "the number of batches": len(data_loader),
             }
         )
-        return shared(data_loader, layout) if poisson else data_loader
+        if not poisson:
+            return data_loader
+        generator = common_generator(layout, self.secure_rng if self.secure_mode else data_loader.generator)
+        if isinstance(generator, torch.Generator):
+            self._batches.append(generator)
+        return shared(data_loader, layout, generator)
 
-    def save_checkpoint(self, *, path: Any, **kwargs: Any) -> None:
+    def save_checkpoint(self, *, path: Any, module: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Saves model, optimizer and budget; see `opacus.PrivacyEngine.save_checkpoint`.
 
-        A file is replaced as a whole, so that a run that is killed while it saves leaves the checkpoint before.
+        A file is replaced as a whole, so that a run that is killed while it saves leaves the checkpoint before. With several
+        ranks each has to call this; the first one writes, and what it writes is what one process would: another number of ranks
+        can go on from it.
 
         Args:
             path: a path, or a file that is open for writing.
+            module: the wrapped model.
+            optimizer: the private optimizer.
             **kwargs: the other arguments of Opacus' method.
         """
+        if not _is_distributed(module, optimizer):
+            self._write_checkpoint(path, module=module, optimizer=optimizer, **kwargs)
+            return
+        states = [None if owner is None else WholeState(owner).state_dict() for owner in (module, optimizer)]
+        if dist.get_rank() == 0:
+            module, optimizer = (state and SimpleNamespace(state_dict=lambda state=state: state) for state in states)
+            self._write_checkpoint(path, module=module, optimizer=optimizer, **kwargs)
+        dist.barrier()
+
+    def _write_checkpoint(self, path: Any, **kwargs: Any) -> None:
         if not isinstance(path, (str, os.PathLike)):
             super().save_checkpoint(path=path, **kwargs)
             return
@@ -153,22 +176,35 @@ class PrivacyEngine(OpacusPrivacyEngine):
             os.fsync(file.fileno())
         os.replace(unfinished, path)
 
-    def load_checkpoint(self, *, optimizer: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(self, *, module: Any, optimizer: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Restores model, optimizer and budget; see `opacus.PrivacyEngine.load_checkpoint`.
 
         Torch's generators, and the optimizer's own, are seeded anew by the system. A script that sets a seed when it starts
         would draw for the next steps the noise of its first ones, and noise that is used twice hides nothing.
 
         Args:
+            module: the model to restore. With several ranks each has to call this, on whatever number of ranks wrote the file.
             optimizer: the optimizer to restore.
             **kwargs: the other arguments of Opacus' method.
 
         Returns:
             The checkpoint.
         """
-        checkpoint = super().load_checkpoint(optimizer=optimizer, **kwargs)
+        distributed = _is_distributed(module, optimizer)
+        checkpoint = super().load_checkpoint(
+            module=WholeState(module) if distributed else module,
+            optimizer=WholeState(optimizer) if distributed and optimizer is not None else optimizer,
+            **kwargs,
+        )
         if isinstance(optimizer, DPOptimizerFastGradientClipping):
-            torch.seed()
+            if distributed and optimizer.module is not None:
+                # What is not noise has to be the same on ranks that work on the same samples.
+                seeds = optimizer.module.layout.common(secrets.token_bytes(16))
+                torch.manual_seed(int.from_bytes(seeds[:7], "big"))
+                for generator in self._batches:
+                    generator.manual_seed(int.from_bytes(seeds[8:15], "big"))
+            else:
+                torch.seed()
             if isinstance(optimizer.generator, torch.Generator):
                 optimizer.generator.seed()
         return checkpoint
@@ -252,6 +288,11 @@ class PrivacyEngine(OpacusPrivacyEngine):
         return super()._prepare_criterion(
             module=module, optimizer=optimizer, criterion=criterion, loss_reduction=loss_reduction, **kwargs
         )
+
+
+def _is_distributed(module: Any, optimizer: Any) -> bool:
+    owner = getattr(optimizer, "module", None) or module
+    return bool(getattr(owner, "layout", None) and owner.layout.axes)
 
 
 def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwargs: Any) -> dict[str, Any]:

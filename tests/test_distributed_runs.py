@@ -1,0 +1,506 @@
+"""Whole runs over several processes: batches, noise, checkpoints, faults."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from opacus.utils.batch_memory_manager import BatchMemoryManager
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from opacus_fgc import DPLossFastGradientClipping, DPOptimizerFastGradientClipping, PrivacyEngine
+from tests.distributed_cases import (
+    C,
+    both,
+    ddp,
+    fsdp,
+    hsdp,
+    images,
+    private,
+    table,
+    tensor_parallel,
+    tokens,
+    weights,
+    wide,
+    wide_both,
+    wide_fsdp,
+    wide_hsdp,
+    wide_tensor_parallel,
+)
+from tests.ranks import Failed, Ranks, ranks
+from tests.reference import reference
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[Ranks]:
+    with ranks(2) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Ranks]:
+    with ranks(4) as processes:
+        yield processes
+
+
+def gathered(value: Any) -> list[Any]:
+    """A value of every rank, on every rank."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def batches(layout: Any, mine: list[list[int]]) -> list[list[int]]:
+    """The whole batches of a run, from what each rank had of them; no sample is twice in one."""
+    shares = gathered((layout.data_rank, mine))
+    assert len({len(share) for _, share in shares}) == 1
+    if layout.data_ranks < len(shares):
+        by_rank = dict(shares)
+        assert all(by_rank[rank] == share for rank, share in shares)
+        shares = list(by_rank.items())
+    result = [[n for _, share in shares for n in share[place]] for place in range(len(mine))]
+    assert all(len(set(batch)) == len(batch) for batch in result)
+    return result
+
+
+def follow(
+    model: nn.Module, x: Tensor, y: Tensor, steps: list[list[int]], expected_batch_size: float
+) -> dict[str, Tensor]:
+    """What stochastic gradient descent with rate 1 does in one process, one sample at a time."""
+    model = copy.deepcopy(model)
+    for batch in steps:
+        sums = reference(model, nn.CrossEntropyLoss(), (x[batch],), y[batch], len(batch)).clipped_sum(C)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param -= sums[name] / expected_batch_size
+    return weights(model)
+
+
+def compare(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    for name, param in second.items():
+        torch.testing.assert_close(first[name], param, rtol=1e-9, atol=1e-9, msg=partial("{}: {}".format, name))
+
+
+# Batches
+
+
+def poisson(make: Callable, wrap: Callable, mode: str, physical: int | None, secure: bool = False) -> list[int]:
+    plain, x, y = make()
+    model, optimizer, criterion, loader = private(
+        wrap(copy.deepcopy(plain)), x, y, grad_sample_mode=mode, engine=PrivacyEngine(secure_mode=secure)
+    )
+    steps: list[list[int]] = [[]]
+    manager = BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical or 100, optimizer=optimizer)
+    for _ in range(2):
+        with manager as few:
+            for inputs, labels, numbers in few if physical else loader:
+                assert physical is None or len(numbers) <= physical
+                steps[-1] += numbers.tolist()
+                last = not optimizer._check_skip_next_step(pop_next=False)
+                criterion(model(inputs), labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if last:
+                    steps.append([])
+    assert steps.pop() == [] and len(steps) == 2 * len(loader) == 8
+    mine = steps
+    steps = batches(model.layout, mine)
+    # Whatever the seed, which is the same on all ranks here, batches are not.
+    assert len({tuple(batch) for batch in steps}) > 6
+    compare(weights(model), follow(plain, x, y, steps, 2.75 if model.layout.axes else 0))
+    return [len(batch) for batch in mine]
+
+
+@pytest.mark.parametrize("physical", [None, 1])
+@pytest.mark.parametrize(("wrap", "mode"), [(ddp, "ghost"), (fsdp, "ghost"), (fsdp, "ghost_bk")])
+def test_poisson_sampling(four, wrap, mode, physical):
+    sizes = four(poisson, images, wrap, mode, physical)
+    assert any(0 in of_rank for of_rank in sizes)
+    assert any(len(set(of_step)) > 1 for of_step in zip(*sizes, strict=True))
+
+
+@pytest.mark.parametrize("wrap", [tensor_parallel, both])
+def test_poisson_sampling_with_tensor_parallel(four, wrap):
+    four(poisson, table, wrap, "ghost_bk", None)
+
+
+@pytest.mark.parametrize("wrap", [ddp, both])
+def test_secure_sampling(four, wrap):
+    four(poisson, table if wrap is both else images, wrap, "ghost_bk", None, True)
+
+
+def accumulated(wrap: Callable, mode: str) -> None:
+    plain, x, y = images()
+    data = TensorDataset(x, y, torch.arange(len(x)))
+    loader = DataLoader(data, batch_size=1, sampler=DistributedSampler(data, drop_last=True))
+    engine = PrivacyEngine()
+    model, optimizer, criterion, loader = private(
+        wrap(copy.deepcopy(plain)),
+        x,
+        y,
+        grad_sample_mode=mode,
+        data_loader=loader,
+        poisson_sampling=False,
+        noise_multiplier=1e-9,
+        engine=engine,
+    )
+    mine: list[list[int]] = [[]]
+    for place, (inputs, labels, numbers) in enumerate(loader):
+        criterion(model(inputs), labels).backward()
+        mine[-1] += numbers.tolist()
+        if place % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+            mine.append([])
+    optimizer.zero_grad()
+    steps = batches(model.layout, [batch for batch in mine if len(batch) == 2])
+    expected = follow(plain, x, y, steps, optimizer.expected_batch_size * 2 * 2)
+    for name, param in weights(model).items():
+        torch.testing.assert_close(param, expected[name], rtol=1e-6, atol=1e-6)
+    # Both passes of both ranks count.
+    (_, rate, count) = engine.accountant.history[0]
+    assert (rate, count) == (pytest.approx(2 / len(loader)), len(steps))
+
+
+@pytest.mark.parametrize(("wrap", "mode"), [(ddp, "ghost"), (fsdp, "ghost"), (fsdp, "ghost_bk")])
+def test_gradient_accumulation(two, wrap, mode):
+    two(accumulated, wrap, mode)
+
+
+# Noise
+
+
+def noise(wrap: Callable, secure: bool, mode: str = "ghost_bk") -> list[dict[str, Tensor]]:
+    """The noise of two steps whose clipped sum is 0, where all ranks have set one seed."""
+    model, x, y = wide()
+    model, optimizer, _, _ = private(
+        wrap(model), x, y, noise_multiplier=3.0, engine=PrivacyEngine(secure_mode=secure), grad_sample_mode=mode
+    )
+    criterion = DPLossFastGradientClipping(model, optimizer, lambda output, target: 0 * output.sum())
+    result = []
+    for _ in range(2):
+        before = weights(model)
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        batch = optimizer.expected_batch_size * model.layout.data_ranks
+        result.append({name: (before[name] - param) * batch for name, param in weights(model).items()})
+    return result
+
+
+@pytest.mark.parametrize("secure", [False, True])
+@pytest.mark.parametrize("wrap", [ddp, wide_fsdp, wide_hsdp, wide_tensor_parallel, wide_both])
+def test_noise_is_added_once_over_all_ranks(four, wrap, secure):
+    first, *others = four(noise, wrap, secure)
+    for steps in others:
+        for step, same in zip(steps, first, strict=True):
+            assert all(torch.equal(step[name], same[name]) for name in same)
+    values = torch.cat([value.flatten() for step in first for value in step.values()])
+    # No number twice: not on another rank's shard, not in the next step. (Weights round the last digits of what they moved by.)
+    assert len(torch.unique(values.round(decimals=9))) >= len(values) - 2
+    for name in first[0]:
+        both_steps = torch.cat([step[name].flatten() for step in first])
+        count = len(both_steps)
+        # Of a normal sample of this size, the deviation's own is 1 / sqrt(2 n).
+        assert abs(both_steps.std().item() / (3 * C) - 1) < 5 / (2 * count) ** 0.5, name
+        assert abs(both_steps.mean().item()) < 5 * 3 * C / count**0.5, name
+
+
+def adaptive(wrap: Callable, std: float) -> list[float]:
+    model, x, y = images()
+    model, optimizer, criterion, loader = private(
+        wrap(model),
+        x,
+        y,
+        clipping="adaptive",
+        min_clipbound=0.01,
+        max_clipbound=10.0,
+        unclipped_num_std=std,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.0),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x)),
+    )
+    norms = []
+    for inputs, labels in [*loader, *loader]:
+        optimizer.zero_grad()
+        criterion(model(inputs), labels).backward()
+        optimizer.step()
+        norms.append(optimizer.max_grad_norm)
+    return norms
+
+
+@pytest.mark.parametrize("wrap", [ddp, fsdp, hsdp])
+def test_adaptive_clipping_counts_the_samples_of_all_ranks(four, wrap):
+    model, x, y = images()
+    norms = reference(model, nn.CrossEntropyLoss(), (x,), y, len(x)).total_norm()
+    expected, norm = [], C
+    for _ in range(2):
+        unclipped = (norms <= norm).double().mean().item()
+        norm *= torch.tensor(-0.2 * (unclipped - 0.5)).exp().item()
+        expected.append(pytest.approx(norm))
+    assert four(adaptive, wrap, 0.0) == [expected] * 4
+    # With noise on the count all ranks still go by one norm.
+    first, *others = four(adaptive, wrap, 2.0)
+    assert first != expected and all(other == first for other in others)
+
+
+# Checkpoints
+
+
+def train(path: str, wrap: Callable, optimizer: Callable, save: bool, steps: int) -> Any:
+    model, x, y = tokens()
+    engine = PrivacyEngine()
+    wrapped = wrap(model)
+    model, private_optimizer, criterion, _ = private(
+        wrapped, x, y, optimizer=optimizer(wrapped.parameters()), engine=engine, noise_multiplier=1e-12
+    )
+    if not save:
+        engine.load_checkpoint(path=path, module=model, optimizer=private_optimizer)
+    rank, size = model.layout.data_rank, model.layout.data_ranks
+    for _ in range(steps):
+        private_optimizer.zero_grad()
+        criterion(model(x[rank::size]), y[rank::size]).backward()
+        private_optimizer.step()
+    if save:
+        engine.save_checkpoint(path=path, module=model, optimizer=private_optimizer)
+    return weights(model), engine.accountant.history, private_optimizer.generator.initial_seed()
+
+
+adam = partial(torch.optim.Adam, lr=0.1)
+
+
+@pytest.mark.parametrize("wrap", [fsdp, hsdp])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(two, four, wrap, tmp_path):
+    path = str(tmp_path / "run.pt")
+    whole_run, whole_history, _ = two(train, str(tmp_path / "other.pt"), fsdp, adam, True, 4)[0]
+    two(train, path, fsdp, adam, True, 2)
+    results = four(train, path, wrap, adam, False, 2)
+    for parameters, history, _ in results:
+        compare_loosely(parameters, whole_run)
+        assert history == whole_history
+    # The noise after it is no rank's noise of before, nor another's.
+    assert len({seed for _, _, seed in results}) == 4
+    assert not (tmp_path / "run.pt.unfinished").exists()
+    # One process reads it too, without this package.
+    checkpoint = torch.load(path, weights_only=False)
+    plain, _, _ = tokens()
+    plain.load_state_dict(
+        {name.removeprefix("_module."): value for name, value in checkpoint["module_state_dict"].items()}
+    )
+    adam(plain.parameters()).load_state_dict(checkpoint["optimizer_state_dict"])
+
+
+def compare_loosely(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    # Adam divides by what may be 0 but for rounding and the noise of 1e-12.
+    for name, param in second.items():
+        torch.testing.assert_close(first[name], param, rtol=1e-4, atol=1e-4, msg=partial("{}: {}".format, name))
+
+
+def table_state(path: str, wrap: Callable, save: bool) -> dict[str, Tensor]:
+    model, x, y = table()
+    if not save:
+        with torch.no_grad():
+            for param in model.parameters():
+                param.zero_()
+    engine = PrivacyEngine()
+    model, optimizer, _, _ = private(wrap(model), x, y, engine=engine)
+    (engine.save_checkpoint if save else engine.load_checkpoint)(path=path, module=model, optimizer=optimizer)
+    return weights(model)
+
+
+@pytest.mark.parametrize("wrap", [tensor_parallel, both])
+def test_a_tensor_parallel_checkpoint(two, four, wrap, tmp_path):
+    path = str(tmp_path / "run.pt")
+    saved = two(table_state, path, tensor_parallel, True)[0]
+    for loaded in four(table_state, path, wrap, False):
+        compare(loaded, saved)
+
+
+# What goes wrong
+
+
+def refused(wrap: Callable, **kwargs: Any) -> None:
+    model, x, y = images()
+    private(wrap(model), x, y, **kwargs)
+
+
+def partly_sharded(model: nn.Module) -> nn.Module:
+    fully_shard(model.conv)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "text"),
+    [
+        (DistributedDataParallel, "DistributedDataParallel reduces gradients before they are clipped"),
+        (
+            partial(FullyShardedDataParallel, device_id=torch.device("cpu")),
+            "FullyShardedDataParallel reduces gradients",
+        ),
+        (partly_sharded, "norm.weight is trainable and not sharded"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(two, wrap, text):
+    with pytest.raises(Failed) as failed:
+        two(refused, wrap)
+    for kind, message in failed.value.errors:
+        assert kind == "NotImplementedError" and text in message
+
+
+def test_data_parallel_threads_are_refused():
+    model, x, y = images()
+    with pytest.raises(NotImplementedError, match="DataParallel reduces gradients before they are clipped"):
+        private(nn.DataParallel(model), x, y)
+
+
+def disagree(name: str) -> None:
+    model, x, y = images()
+    private(ddp(model), x, y, **{name: 1.0 + dist.get_rank()})
+
+
+@pytest.mark.parametrize("name", ["noise_multiplier", "max_grad_norm"])
+def test_arguments_that_differ_between_ranks_are_refused(two, name):
+    with pytest.raises(Failed) as failed:
+        two(disagree, name)
+    for kind, message in failed.value.errors:
+        assert kind == "ValueError" and f"ranks disagree about {name}: 1, 2" in message
+
+
+def unequal_passes() -> None:
+    model, x, y = images()
+    model, optimizer, criterion, _ = private(
+        ddp(model), x, y, poisson_sampling=False, data_loader=split(TensorDataset(x, y))
+    )
+    for _ in range(1 + dist.get_rank()):
+        criterion(model(x), y).backward()
+    optimizer.step()
+
+
+def split(data: TensorDataset, **kwargs: Any) -> DataLoader:
+    return DataLoader(data, batch_size=2, sampler=DistributedSampler(data, **kwargs))
+
+
+def test_unequal_numbers_of_backward_passes_are_refused(two):
+    with pytest.raises(Failed) as failed:
+        two(unequal_passes)
+    for kind, message in failed.value.errors:
+        assert kind == "ValueError" and "ranks disagree about backward passes" in message
+
+
+def whole_on_each_rank(loader: Callable) -> None:
+    model, x, y = images()
+    private(ddp(model), x, y, poisson_sampling=False, data_loader=loader(TensorDataset(x, y)))
+
+
+def other_seeds(data: TensorDataset) -> DataLoader:
+    return split(data, drop_last=True, seed=dist.get_rank())
+
+
+@pytest.mark.parametrize(
+    ("loader", "text"),
+    [
+        (partial(DataLoader, batch_size=2, shuffle=True), "sampler=torch.utils.data.DistributedSampler"),
+        (partial(split, num_replicas=3, rank=0), "sampler=torch.utils.data.DistributedSampler"),
+        (other_seeds, "ranks disagree about the sampler's seed: 0, 1"),
+    ],
+)
+def test_a_sample_that_could_be_on_several_ranks_is_refused(two, loader, text):
+    with pytest.raises(Failed) as failed:
+        two(whole_on_each_rank, loader)
+    for kind, message in failed.value.errors:
+        assert kind == "ValueError" and text in message
+
+
+def other_samples() -> None:
+    model, x, y = table()
+    model, _, criterion, _ = private(tensor_parallel(model), x, y)
+    part = slice(dist.get_rank(), dist.get_rank() + 5)
+    criterion(model(x[part]), y[part]).backward()
+
+
+def test_other_samples_in_one_tensor_parallel_group_are_refused(two):
+    with pytest.raises(Failed) as failed:
+        two(other_samples)
+    for kind, message in failed.value.errors:
+        assert kind == "ValueError" and "ranks of one tensor-parallel group have different losses" in message
+
+
+def by_hand(wrap: Callable) -> None:
+    model, x, y = images()
+    model, _, _, _ = private(wrap(model), x, y)
+    loss = nn.functional.cross_entropy(model(x), y, reduction="none")
+    loss.mean().backward(retain_graph=True)
+    model.get_clipping_coef()
+
+
+def test_two_passes_by_hand_are_refused_under_fsdp(two):
+    two(by_hand, ddp)
+    with pytest.raises(Failed) as failed:
+        two(by_hand, fsdp)
+    assert all("two passes by hand does not go with FSDP" in message for _, message in failed.value.errors)
+
+
+def die(wrap: Callable) -> None:
+    model, x, y = images()
+    model, optimizer, criterion, _ = private(wrap(model), x, y)
+    for step in range(3):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        if step == 1 and dist.get_rank() == 1:
+            os._exit(7)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("wrap", [ddp, fsdp])
+def test_when_a_rank_dies_the_others_stop(wrap):
+    with ranks(4) as processes, pytest.raises(Failed) as failed:
+        processes(die, wrap)
+    kinds = [kind for kind, _ in failed.value.errors]
+    assert kinds.pop(1) == "Died"
+    assert "Hung" not in kinds and "RuntimeError" in kinds
+
+
+def not_finite(wrap: Callable, mode: str) -> int:
+    plain, x, y = tokens() if wrap is both else images()
+    x[3] = float("nan")
+    model, optimizer, criterion, _ = private(wrap(copy.deepcopy(plain)), x, y, grad_sample_mode=mode, nonfinite="drop")
+    rank, size = model.layout.data_rank, model.layout.data_ranks
+    criterion(model(x[rank::size]), y[rank::size]).backward()
+    optimizer.step()
+    rest = [n for n in range(len(x)) if n != 3]
+    compare(weights(model), follow(plain, x, y, [rest], optimizer.expected_batch_size * size))
+    return model.dropped
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("wrap", [ddp, fsdp])
+def test_samples_that_are_not_finite_are_dropped(two, wrap, mode):
+    assert two(not_finite, wrap, mode) == [0, 1]
+
+
+def hand_wired() -> None:
+    """Without an engine, as Opacus' own users of ranks do."""
+    from opacus_fgc import GradSampleModuleFastGradientClipping
+
+    plain, x, y = images()
+    model = GradSampleModuleFastGradientClipping(fsdp(copy.deepcopy(plain)), max_grad_norm=C)
+    optimizer = DPOptimizerFastGradientClipping(
+        torch.optim.SGD(model.parameters(), lr=1.0), noise_multiplier=0.0, max_grad_norm=C, expected_batch_size=4
+    )
+    criterion = DPLossFastGradientClipping(model, optimizer, nn.CrossEntropyLoss())
+    rank, size = dist.get_rank(), dist.get_world_size()
+    criterion(model(x[rank::size]), y[rank::size]).backward()
+    optimizer.step()
+    compare(weights(model), follow(plain, x, y, [list(range(len(x)))], 4 * size))
+
+
+def test_wired_by_hand(two):
+    two(hand_wired)
