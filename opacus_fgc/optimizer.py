@@ -169,11 +169,19 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         """Writes the clipped sum plus noise to the gradients.
 
         Raises:
-            ValueError: if there was no `zero_grad` since the last step, or ``noise_multiplier`` is now too large for the
-                clipping rule.
+            ValueError: if there was no `zero_grad` since the last step, ``noise_multiplier`` is now too large for the clipping
+                rule, or ranks do not take the same step.
         """
         assert self.module is not None  # checked by `accumulate`
         std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
+        self.module.layout.check_agreement(
+            {
+                "backward passes of a step": self.accumulated_iterations,
+                "max_grad_norm": self.max_grad_norm,
+                "noise_multiplier": self.noise_multiplier,
+                "parameters to train": len(self.params),
+            }
+        )
         for param in self.params:
             _check_processed_flag(param.summed_grad)
         for param, gradient in self.module.layout.released(self.params, partial(self.with_noise, std=std)):

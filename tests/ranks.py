@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-PATIENCE = 120
-"""Seconds after which a function that does not return counts as hung."""
+PATIENCE = 60
+"""Seconds after which a function that does not return counts as hung; a quarter of it after a rank has failed."""
 
 
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE / 2)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
     while True:
         function, args = pipe.recv()
@@ -30,7 +32,9 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
             torch.manual_seed(0)
             pipe.send((function(*args), None))
         except Exception as error:
+            # The process ends, as a script's would, so that no other waits for it.
             pipe.send((None, (type(error).__name__, str(error), traceback.format_exc())))
+            return
 
 
 class Failed(AssertionError):
@@ -84,20 +88,25 @@ class Ranks:
             self._start()
         for _, pipe in self._processes:
             pipe.send((function, args))
-        answers = []
-        for process, pipe in self._processes:
-            try:
-                answers.append(
-                    pipe.recv() if pipe.poll(PATIENCE) else (None, ("Hung", "", f"hung: {function.__name__}"))
-                )
-            except EOFError:
-                process.join()
-                answers.append((None, ("Died", str(process.exitcode), f"died with {process.exitcode}")))
-        errors = [error for _, error in answers]
+        answers: dict[Any, Any] = {}
+        end = time.monotonic() + PATIENCE
+        waiting = {pipe: process for process, pipe in self._processes}
+        while waiting and (ready := wait(list(waiting), end - time.monotonic())):
+            for pipe in ready:
+                process = waiting.pop(pipe)
+                try:
+                    answers[pipe] = pipe.recv()
+                except EOFError:
+                    process.join()
+                    answers[pipe] = None, ("Died", str(process.exitcode), f"died with {process.exitcode}")
+                if answers[pipe][1] is not None:
+                    end = min(end, time.monotonic() + PATIENCE / 4)
+        hung = None, ("Hung", "", f"did not return from {function.__name__}")
+        errors = [answers.get(pipe, hung)[1] for _, pipe in self._processes]
         if any(errors):
             self.stop()
             raise Failed(errors)
-        return [value for value, _ in answers]
+        return [answers[pipe][0] for _, pipe in self._processes]
 
 
 @contextmanager
