@@ -16,11 +16,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
+
+from opacus_fgc.checks import describe
 
 BUCKET = 2**23
 """Elements of parameters that are copied along an axis are summed in buckets of so many, 32 MiB in float32."""
@@ -82,7 +85,8 @@ class Layout:
 
     def __init__(self, model: nn.Module) -> None:
         self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self._params = [param for _, param in trainable_parameters(model)]
+        self._names = {param: name for name, param in trainable_parameters(model)}
+        self._params = list(self._names)
         _refuse_other_wrappers(model)
         data = self._data_groups(model)
         # A mesh that FSDP and tensor parallel share has FSDP's axes first.
@@ -105,6 +109,12 @@ class Layout:
             return [dist.group.WORLD]
         if not self._fsdp:
             return []
+        for name, module in model.named_modules():
+            if isinstance(module, DPRNNBase):
+                raise NotImplementedError(
+                    f"{describe(name, module)} has each parameter under two names, and FSDP follows but one; use "
+                    "opacus.distributed.DifferentiallyPrivateDistributedDataParallel for it"
+                )
         for name, param in trainable_parameters(model):
             if not isinstance(param, DTensor):
                 raise NotImplementedError(
@@ -145,14 +155,26 @@ class Layout:
 
         Args:
             norms: by parameter, shape ``(N,)`` each.
+
+        Raises:
+            ValueError: if the norms of a copied parameter's gradients differ between the copies.
         """
         result = dict(norms)
         for place, axis in enumerate(self.axes):
             if axis.data:
                 continue
             every = axis.gathered(torch.stack([result[param] for param in self._params]))
-            for param, norm in zip(self._params, every.unbind(1), strict=True):
-                result[param] = torch.linalg.vector_norm(norm, dim=0) if _is_cut(param, place) else norm[0]
+            for param, norms_of_param in zip(self._params, every.unbind(1), strict=True):
+                if _is_cut(param, place):
+                    result[param] = torch.linalg.vector_norm(norms_of_param, dim=0)
+                    continue
+                result[param] = norms_of_param[0]
+                if not torch.allclose(norms_of_param, result[param].expand_as(norms_of_param), 1e-2, equal_nan=True):
+                    raise ValueError(
+                        f"{self._names[param]} has gradients of other norms on other ranks of its tensor-parallel group, though "
+                        "it is copied: each rank seems to use it on a part of a sample (by sequence parallel). Put its layer into "
+                        "the plan for parallelize_module, so that its inputs are distributed tensors"
+                    )
         return result
 
     def check_samples(self, losses: Tensor) -> None:
@@ -260,8 +282,11 @@ class Layout:
                 param.grad = gradient
 
     def _divided_by(self, group: Any) -> float:
-        factor = getattr(group, "gradient_divide_factor", None) or getattr(group, "reduce_scatter_divide_factor", None)
-        return float(factor or self.data_ranks)
+        if getattr(group, "reduce_scatter_reduce_op", None) is not None:
+            raise NotImplementedError(
+                "set_reduce_scatter_divide_factor is not supported; leave FSDP's mean over ranks as it is"
+            )
+        return float(getattr(group, "gradient_divide_factor", None) or self.data_ranks)
 
     # Noise
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel as DPDDP
+from opacus.layers.dp_multihead_attention import SequenceBias
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import PrivacyEngine
@@ -59,8 +63,11 @@ class Tokens(nn.Module):
         x = torch.cat([self.token.expand(len(x), -1, -1), self.embedding(x)], 1)
         x = x + self.positions(torch.arange(x.shape[1]))
         for block in self.blocks:
-            x = block(x)
+            x = self.run(block, x)
         return self.head(x).mean(1)
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x)
 
 
 def images() -> tuple[nn.Module, Tensor, Tensor]:
@@ -199,3 +206,114 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
         name.removeprefix("_module.").removeprefix("module."): whole(param.detach()).clone()
         for name, param in model.named_parameters()
     }
+
+
+class Checkpointed(Tokens):
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False)
+
+
+def checkpointed() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Checkpointed(), torch.randint(7, (11, 5)), torch.randint(7, (11,))
+
+
+class Square(torch.autograd.Function):
+    """Hides what is done with a parameter from whoever watches operations."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return x * x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return gradient * 2 * x * scale, (gradient * x * x).reshape(-1, *scale.shape).sum(0)
+
+    generate_vmap_rule = True
+
+
+class OutOfSight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Square.apply(x, self.scale)
+
+
+class Odd(nn.Module):
+    """What no table of ours has: torch.func, and a bias in the place of a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 6), OutOfSight())])
+        self.bias = SequenceBias(6, batch_first=True)
+        self.head = nn.Linear(6, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.bias(self.blocks[0](x)).mean(1))
+
+
+def odd() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Odd(), torch.randn(11, 3, 4), torch.randint(7, (11,))
+
+
+def mixed(model: nn.Module) -> nn.Module:
+    """FSDP that computes in float32; in the tests' float64 the parameters and the sums over ranks."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy)
+    return fully_shard(model, mp_policy=dataclasses.replace(policy, output_dtype=torch.float64))
+
+
+class Stream(nn.Module):
+    """What works on a part of the positions where it is sequence parallel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 8)
+        self.norm = nn.LayerNorm(8)
+        self.up = nn.Linear(8, 12)
+        self.down = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        return self.head(x + self.down(F.gelu(self.up(self.norm(x))))).mean(1)
+
+
+def stream() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Stream(), torch.randint(7, (11, 4)), torch.randint(7, (11,))
+
+
+def sequence_parallel(model: nn.Module, norm: bool = True) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tensor",))
+    plan = {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "norm": SequenceParallel(use_local_output=True),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    if not norm:
+        del plan["norm"]
+    return parallelize_module(model, mesh, plan)
+
+
+SHARDED = {fsdp, hsdp, both, mixed, wide_fsdp, wide_hsdp, wide_both}
+
+needs_fsdp = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="the FSDP2 of torch 2.6 does not run on CPUs itself"
+)
+
+
+def ways(*wraps: Any) -> list[Any]:
+    """Parameters of a test: some ways to lay out a model."""
+    return [pytest.param(wrap, marks=needs_fsdp if wrap in SHARDED else ()) for wrap in wraps]

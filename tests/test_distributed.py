@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -13,19 +12,26 @@ from torch import nn
 from tests.distributed_cases import (
     C,
     both,
+    checkpointed,
     ddp,
     frozen,
     fsdp,
     hsdp,
     images,
+    mixed,
+    needs_fsdp,
+    odd,
     part,
     private,
+    sequence_parallel,
+    stream,
     table,
     tensor_parallel,
     tokens,
+    ways,
     weights,
 )
-from tests.ranks import Ranks, ranks
+from tests.ranks import Failed, Ranks, ranks
 from tests.reference import reference
 
 
@@ -35,34 +41,66 @@ def group(request) -> Iterator[Ranks]:
         yield processes
 
 
-def step(make: Callable, wrap: Callable, mode: str, **kwargs: Any) -> None:
+def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9) -> None:
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
     model, x, y = make()
     expected = reference(model, nn.CrossEntropyLoss(), (x,), y, len(x))
     before = weights(model)
-    model, optimizer, criterion, _ = private(wrap(model), x, y, grad_sample_mode=mode, **kwargs)
+    model, optimizer, criterion, _ = private(wrap(model), x, y, grad_sample_mode=mode)
     rank, size = model.layout.data_rank, model.layout.data_ranks
     for last in (False, True):
         optimizer.zero_grad()
         criterion(model(part(x, rank, size)), part(y, rank, size)).backward()
-        torch.testing.assert_close(model.per_sample_gradient_norms, part(expected.total_norm(), rank, size))
+        close(model.per_sample_gradient_norms, part(expected.total_norm(), rank, size))
         if last:
             optimizer.step()
     after = weights(model)
     assert after.keys() == before.keys()
     for name, exact in expected.clipped_sum(C).items():
         moved = (before[name] - after[name]) * optimizer.expected_batch_size * size
-        torch.testing.assert_close(moved, exact, rtol=1e-9, atol=1e-9, msg=partial("{}: {}".format, name))
+        close(moved, exact, msg=partial("{}: {}".format, name))
     assert all(torch.equal(after[name], before[name]) for name in before.keys() - expected.gradients.keys())
 
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
 @pytest.mark.parametrize("make", [images, tokens, frozen])
-@pytest.mark.parametrize("wrap", [ddp, fsdp, hsdp])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp, hsdp))
 def test_a_step_is_that_of_one_process(group, make, wrap, mode):
     group(step, make, wrap, mode)
 
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
-@pytest.mark.parametrize("wrap", [tensor_parallel, both])
+@pytest.mark.parametrize("wrap", ways(tensor_parallel, both))
 def test_tensor_parallel(group, wrap, mode):
     group(step, table, wrap, mode)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+def test_sequence_parallel(group, mode):
+    group(step, stream, sequence_parallel, mode)
+
+
+def test_a_copied_parameter_on_parts_of_samples_is_refused(group):
+    with pytest.raises(Failed) as failed:
+        group(step, stream, partial(sequence_parallel, norm=False), "ghost_bk")
+    for kind, message in failed.value.errors:
+        assert kind == "ValueError" and "norm.weight has gradients of other norms on other ranks" in message
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("make", [checkpointed, odd])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp))
+def test_other_ways_to_a_norm(group, make, wrap, mode):
+    group(step, make, wrap, mode)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+def test_mixed_precision(group, mode):
+    group(step, tokens, mixed, mode, 1e-4)
+
+
+@needs_fsdp
+@pytest.mark.parametrize(("name", "wrap"), [("ghost_fsdp", fsdp), ("ghost_tp", tensor_parallel)])
+def test_names_of_opacus(group, name, wrap):
+    group(step, images if wrap is fsdp else table, wrap, name)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from opacus.layers import DPLSTM
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -25,10 +26,12 @@ from tests.distributed_cases import (
     fsdp,
     hsdp,
     images,
+    needs_fsdp,
     private,
     table,
     tensor_parallel,
     tokens,
+    ways,
     weights,
     wide,
     wide_both,
@@ -128,19 +131,20 @@ def poisson(make: Callable, wrap: Callable, mode: str, physical: int | None, sec
 
 
 @pytest.mark.parametrize("physical", [None, 1])
-@pytest.mark.parametrize(("wrap", "mode"), [(ddp, "ghost"), (fsdp, "ghost"), (fsdp, "ghost_bk")])
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_poisson_sampling(four, wrap, mode, physical):
     sizes = four(poisson, images, wrap, mode, physical)
     assert any(0 in of_rank for of_rank in sizes)
     assert any(len(set(of_step)) > 1 for of_step in zip(*sizes, strict=True))
 
 
-@pytest.mark.parametrize("wrap", [tensor_parallel, both])
+@pytest.mark.parametrize("wrap", ways(tensor_parallel, both))
 def test_poisson_sampling_with_tensor_parallel(four, wrap):
     four(poisson, table, wrap, "ghost_bk", None)
 
 
-@pytest.mark.parametrize("wrap", [ddp, fsdp])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_secure_sampling(four, wrap):
     four(poisson, images, wrap, "ghost_bk", 2, True)
 
@@ -178,7 +182,8 @@ def accumulated(wrap: Callable, mode: str) -> None:
     assert (rate, count) == (pytest.approx(2 / len(loader)), len(steps))
 
 
-@pytest.mark.parametrize(("wrap", "mode"), [(ddp, "ghost"), (fsdp, "ghost"), (fsdp, "ghost_bk")])
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_gradient_accumulation(two, wrap, mode):
     two(accumulated, wrap, mode)
 
@@ -205,7 +210,7 @@ def noise(wrap: Callable, secure: bool, mode: str = "ghost_bk") -> list[dict[str
 
 
 @pytest.mark.parametrize("secure", [False, True])
-@pytest.mark.parametrize("wrap", [ddp, wide_fsdp, wide_hsdp, wide_tensor_parallel, wide_both])
+@pytest.mark.parametrize("wrap", ways(ddp, wide_fsdp, wide_hsdp, wide_tensor_parallel, wide_both))
 def test_noise_is_added_once_over_all_ranks(four, wrap, secure):
     first, *others = four(noise, wrap, secure)
     for steps in others:
@@ -244,7 +249,7 @@ def adaptive(wrap: Callable, std: float) -> list[float]:
     return norms
 
 
-@pytest.mark.parametrize("wrap", [ddp, fsdp, hsdp])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp, hsdp))
 def test_adaptive_clipping_counts_the_samples_of_all_ranks(four, wrap):
     model, x, y = images()
     norms = reference(model, nn.CrossEntropyLoss(), (x,), y, len(x)).total_norm()
@@ -284,7 +289,7 @@ def train(path: str, wrap: Callable, optimizer: Callable, save: bool, steps: int
 adam = partial(torch.optim.Adam, lr=0.1)
 
 
-@pytest.mark.parametrize("wrap", [fsdp, hsdp])
+@pytest.mark.parametrize("wrap", ways(fsdp, hsdp))
 def test_a_checkpoint_goes_on_with_another_number_of_ranks(two, four, wrap, tmp_path):
     path = str(tmp_path / "run.pt")
     whole_run, whole_history, _ = two(train, str(tmp_path / "other.pt"), fsdp, adam, True, 4)[0]
@@ -323,7 +328,8 @@ def table_state(path: str, wrap: Callable, save: bool) -> dict[str, Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize("wrap", [tensor_parallel, both])
+@needs_fsdp
+@pytest.mark.parametrize("wrap", ways(tensor_parallel, both))
 def test_a_tensor_parallel_checkpoint(two, four, wrap, tmp_path):
     path = str(tmp_path / "run.pt")
     saved = two(table_state, path, tensor_parallel, True)[0]
@@ -344,6 +350,10 @@ def partly_sharded(model: nn.Module) -> nn.Module:
     return model
 
 
+def recurrent(model: nn.Module) -> nn.Module:
+    return fully_shard(nn.Sequential(fully_shard(DPLSTM(4, 5))))
+
+
 @pytest.mark.parametrize(
     ("wrap", "text"),
     [
@@ -353,6 +363,7 @@ def partly_sharded(model: nn.Module) -> nn.Module:
             "FullyShardedDataParallel reduces gradients",
         ),
         (partly_sharded, "norm.weight is trainable and not sharded"),
+        (recurrent, "layer '0' (FSDPDPLSTM) has each parameter under two names"),
     ],
 )
 def test_other_layouts_are_refused_by_name(two, wrap, text):
@@ -448,6 +459,7 @@ def by_hand(wrap: Callable) -> None:
     model.get_clipping_coef()
 
 
+@needs_fsdp
 def test_two_passes_by_hand_are_refused_under_fsdp(two):
     two(by_hand, ddp)
     with pytest.raises(Failed) as failed:
@@ -466,7 +478,7 @@ def die(wrap: Callable) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("wrap", [ddp, fsdp])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_when_a_rank_dies_the_others_stop(wrap):
     with ranks(4) as processes, pytest.raises(Failed) as failed:
         processes(die, wrap)
@@ -488,7 +500,7 @@ def not_finite(wrap: Callable, mode: str) -> int:
 
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
-@pytest.mark.parametrize("wrap", [ddp, fsdp])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_samples_that_are_not_finite_are_dropped(two, wrap, mode):
     assert two(not_finite, wrap, mode) == [0, 1]
 
@@ -509,5 +521,6 @@ def hand_wired() -> None:
     compare(weights(model), follow(plain, x, y, [list(range(len(x)))], 4 * size))
 
 
+@needs_fsdp
 def test_wired_by_hand(two):
     two(hand_wired)
