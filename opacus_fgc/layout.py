@@ -172,8 +172,8 @@ class Layout:
                 if not torch.allclose(norms_of_param, result[param].expand_as(norms_of_param), 1e-2, equal_nan=True):
                     raise ValueError(
                         f"{self._names[param]} has gradients of other norms on other ranks of its tensor-parallel group, though "
-                        "it is copied: each rank seems to use it on a part of a sample (by sequence parallel). Put its layer into "
-                        "the plan for parallelize_module, so that its inputs are distributed tensors"
+                        "it is copied: each rank seems to use it on a part of a sample (by sequence parallel). Put its layer "
+                        "into the plan for parallelize_module, so that its inputs are distributed tensors"
                     )
         return result
 

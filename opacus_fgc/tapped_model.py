@@ -250,16 +250,15 @@ class TappedModel(OpacusHooks):
         if module in self._verified and (self._rows_known is not None or module is not self._module):
             return
         size, axis = record.batch_size_seen, 0 if self.batch_first else 1
-        least = self.layout.least(size or 0)
-        if self.layout.forward_communicates and not least:
-            # All ranks are to run the same forwards. What escapes this one is found in the loss' graph.
-            return
+        # All ranks are to run the same forwards.
+        least, most = self.layout.least(size or 0), self.layout.most([size or 0])[0]
         if module not in self._verified:
             some = inputs if size is None or least < 3 else some_samples(inputs, size, 0, 2, axis)
             # A model that has its batch size written into it takes but the whole batch.
             if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
                 self._has_caught_all(module, inputs, size)
-            self._verified.add(module)
+            if most or size is None:
+                self._verified.add(module)
         if self._rows_known is None and module is self._module and size is not None and least > 1:
 
             def run(start: int, length: int) -> list[Seen]:
