@@ -288,7 +288,7 @@ class TappedModel(OpacusHooks):
                 outputs = [tensor for tensor in tensors_in(output) if not self._ops.is_shared(tensor)]
                 escaped = self._untapped(outputs, tensors_in(inputs))
             if not self._catch(escaped):
-                return works
+                return bool(self.layout.least(works))
 
     def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
         """A forward that is not the user's own, of which the record keeps nothing."""
