@@ -241,7 +241,10 @@ class Layout:
             # All ranks have to take part.
             total = torch.zeros(shape, dtype=param.dtype, device=param.device)
         whole = DTensor.from_local(total, self._mesh, [Partial()] * len(cut), run_check=False)
-        return _like(param, whole.redistribute(self._mesh, cut).to_local())
+        # The last axis first, which cuts: so the axis before it, that of copies, sums one shard and not all of it.
+        for place in reversed(range(len(cut))):
+            whole = whole.redistribute(self._mesh, [Partial()] * place + cut[place:])
+        return _like(param, whole.to_local())
 
     def second_pass(self, loss: Tensor, params: Sequence[Any], seen: Callable[[Any], Tensor]) -> list[Tensor | None]:
         """The gradients of a weighted loss by some parameters, as they belong into ``summed_grad``; None for 0.
