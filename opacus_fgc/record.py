@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_fgc.layout import local
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
 from opacus_fgc.precision import at_least_float32, full_precision, without_autocast
@@ -121,7 +122,7 @@ class Record:
         """
         complete = {}
         held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
-        held += sum(param.numel() for param in forms)
+        held += sum(local(param).numel() for param in forms)
         room = self.budget.room(held, len(uses), spared=not self.unkept)
         for param, form in forms.items():
             form = self._by_sample(form)
