@@ -435,11 +435,12 @@ def _buckets(params: Sequence[Any]) -> Iterator[list[Any]]:
     bucket: list[Any] = []
     size = 0
     for param in params:
-        if bucket and size + param.numel() > BUCKET:
+        elements = local(param).numel()
+        if bucket and size + elements > BUCKET:
             yield bucket
             bucket, size = [], 0
         bucket.append(param)
-        size += param.numel()
+        size += elements
     yield bucket
 
 
