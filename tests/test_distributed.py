@@ -14,6 +14,7 @@ from tests.distributed_cases import (
     both,
     checkpointed,
     ddp,
+    evaluated,
     frozen,
     fsdp,
     hsdp,
@@ -92,6 +93,12 @@ def test_a_copied_parameter_on_parts_of_samples_is_refused(group):
 @pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_other_ways_to_a_norm(group, make, wrap, mode):
     group(step, make, wrap, mode)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+def test_a_model_that_was_evaluated_before(group, mode):
+    group(step, images, evaluated, mode)
 
 
 @needs_fsdp
