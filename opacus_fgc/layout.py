@@ -85,15 +85,11 @@ class Layout:
 
     def __init__(self, model: nn.Module) -> None:
         self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
-<<<<<<< HEAD
-        self._names = {param: name for name, param in trainable_parameters(model)}
-        self._params = list(self._names)
-=======
         for module in self._fsdp:
             # A forward without a backward, as of an evaluation, leaves the outermost one's parameters whole.
             module.reshard()
-        self._params = [param for _, param in trainable_parameters(model)]
->>>>>>> cfe3713 (A model that was evaluated under FSDP before make_private is taken: its outermost parameters are whole until it is told to cut them again)
+        self._names = {param: name for name, param in trainable_parameters(model)}
+        self._params = list(self._names)
         _refuse_other_wrappers(model)
         data = self._data_groups(model)
         # A mesh that FSDP and tensor parallel share has FSDP's axes first.
