@@ -307,14 +307,6 @@ def sequence_parallel(model: nn.Module, norm: bool = True) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
-def evaluated(model: nn.Module) -> nn.Module:
-    """FSDP leaves the outermost parameters whole after a forward without a backward."""
-    model = fsdp(model)
-    with torch.no_grad():
-        model(torch.randn(2, 1, 4, 4))
-    return model
-
-
 SHARDED = {fsdp, hsdp, both, mixed, wide_fsdp, wide_hsdp, wide_both}
 
 needs_fsdp = pytest.mark.skipif(

@@ -27,10 +27,10 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )
     while True:
-        function, args = pipe.recv()
+        function, args, kwargs = pipe.recv()
         try:
             torch.manual_seed(0)
-            pipe.send((function(*args), None))
+            pipe.send((function(*args, **kwargs), None))
         except Exception as error:
             # The process ends, as a script's would, so that no other waits for it.
             pipe.send((None, (type(error).__name__, str(error), traceback.format_exc())))
@@ -75,7 +75,7 @@ class Ranks:
             pipe.close()
         self._processes = []
 
-    def __call__(self, function: Callable, *args: Any) -> list[Any]:
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> list[Any]:
         """Runs a function of a module on all ranks.
 
         Returns:
@@ -87,7 +87,7 @@ class Ranks:
         if not self._processes:
             self._start()
         for _, pipe in self._processes:
-            pipe.send((function, args))
+            pipe.send((function, args, kwargs))
         answers: dict[Any, Any] = {}
         end = time.monotonic() + PATIENCE
         waiting = {pipe: process for process, pipe in self._processes}

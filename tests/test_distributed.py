@@ -14,7 +14,6 @@ from tests.distributed_cases import (
     both,
     checkpointed,
     ddp,
-    evaluated,
     frozen,
     fsdp,
     hsdp,
@@ -42,12 +41,18 @@ def group(request) -> Iterator[Ranks]:
         yield processes
 
 
-def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9) -> None:
+def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9, evaluate: bool = False) -> None:
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
     model, x, y = make()
     expected = reference(model, nn.CrossEntropyLoss(), (x,), y, len(x))
     before = weights(model)
-    model, optimizer, criterion, _ = private(wrap(model), x, y, grad_sample_mode=mode)
+    model = wrap(model)
+    optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=1.0)
+    if evaluate:
+        # Without a backward FSDP leaves the outermost parameters whole.
+        with torch.no_grad():
+            model(x)
+    model, optimizer, criterion, _ = private(model, x, y, optimizer=optimizer, grad_sample_mode=mode)
     rank, size = model.layout.data_rank, model.layout.data_ranks
     for last in (False, True):
         optimizer.zero_grad()
@@ -98,7 +103,7 @@ def test_other_ways_to_a_norm(group, make, wrap, mode):
 @needs_fsdp
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
 def test_a_model_that_was_evaluated_before(group, mode):
-    group(step, images, evaluated, mode)
+    group(step, images, fsdp, mode, evaluate=True)
 
 
 @needs_fsdp
