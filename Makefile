@@ -1,10 +1,13 @@
 PYTHON ?= python3
 TOX := .venv/bin/tox
 
-.PHONY: bench demo text test lint type clean
+.PHONY: bench demo distributed text test lint type clean
 
 demo: $(TOX)  ## private training on real data
 	$(TOX) run -q -e demo -- $(ARGS)
+
+distributed: $(TOX)  ## the same by two processes
+	$(TOX) run -q -e distributed -- $(ARGS)
 
 text: $(TOX)  ## private fine-tuning of a language model on real texts
 	$(TOX) run -q -e text -- $(ARGS)

@@ -24,6 +24,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +108,7 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
         mode: the ``grad_sample_mode``.
         args: the settings from the command line.
     """
-    # Good advice for real use: secure_mode=True draws noise that nobody can predict. It takes longer and allows
-    # no seeds, so here we do without, knowingly.
-    warnings.filterwarnings("ignore", message="Secure RNG turned off")
-    # From Opacus' accountant: a bound that only decides how wide a grid it computes on is not the tightest.
-    warnings.filterwarnings("ignore", message="Optimal order is the largest alpha")
-
+    ignore_known_warnings()
     torch.set_num_threads(1)  # so small a network gains nothing from more
     torch.manual_seed(args.seed)
     train_set, test_set = data()
@@ -164,6 +160,15 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
         )
     result.peak_memory = peak_memory() - memory_before
     return result
+
+
+def ignore_known_warnings() -> None:
+    """Turns off two warnings that are right, and mean nothing here."""
+    # Good advice for real use: secure_mode=True draws noise that nobody can predict. It takes longer and allows
+    # no seeds, so here we do without, knowingly.
+    warnings.filterwarnings("ignore", message="Secure RNG turned off")
+    # From Opacus' accountant: a bound that only decides how wide a grid it computes on is not the tightest.
+    warnings.filterwarnings("ignore", message="Optimal order is the largest alpha")
 
 
 @torch.no_grad()
@@ -256,32 +261,32 @@ def draw_norms(axes: Axes, norms: np.ndarray, max_grad_norm: float) -> None:
     axes.set(title="Gradient norms in the last epoch", xscale="log", xlabel=caption, ylabel="images")
 
 
-def arguments() -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description="Private training on scikit-learn's handwritten digits.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def settings(description: str, modes: Sequence[str]) -> argparse.ArgumentParser:
+    """The part of a command line that says how to train.
+
+    Args:
+        description: what the example does.
+        modes: the values of ``grad_sample_mode`` to choose from, the default first.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epsilon", type=positive_float, default=8.0, help="privacy budget to end at")
-    parser.add_argument(
-        "--delta", type=positive_float, default=1e-4, help="well below 1 / 1,437, one by training images"
-    )
+    parser.add_argument("--delta", type=probability, default=1e-4, help="well below 1 / 1,437, one by training images")
     parser.add_argument("--epochs", type=positive_int, default=30, help="passes over the training images")
     parser.add_argument("--batch-size", type=positive_int, default=480, help="expected size of the random batches")
     parser.add_argument("--lr", type=positive_float, default=0.2, help="learning rate of SGD with momentum")
     parser.add_argument("--max-grad-norm", type=positive_float, default=1.0, help="C: what each gradient is clipped to")
-    parser.add_argument(
-        "--mode",
-        choices=("ghost", "ghost_bk", "hooks", "functorch", "ew"),
-        default="ghost",
-        help="Opacus' grad_sample_mode",
-    )
+    parser.add_argument("--mode", choices=modes, default=modes[0], help="Opacus' grad_sample_mode")
     parser.add_argument("--seed", type=int, default=0, help="for initial weights, batches and noise")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    modes = ("ghost", "ghost_bk", "hooks", "functorch", "ew")
+    parser = settings("Private training on scikit-learn's handwritten digits.", modes)
     parser.add_argument("--compare", action="store_true", help="train once more with Opacus' own ghost mode")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw accuracy against epsilon, and gradient norms")
     args = parser.parse_args()
-    if args.delta >= 1:
-        parser.error(f"argument --delta: {args.delta:g} is not below 1")
     if args.plot and not args.plot.absolute().parent.is_dir():
         parser.error(f"argument --plot: there is no folder {args.plot.parent}")
     if args.plot and args.plot.suffix != ".png":
@@ -294,6 +299,14 @@ def positive_float(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def probability(text: str) -> float:
+    """A number between 0 and 1 from the command line."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 

@@ -21,10 +21,30 @@ def test_digits(mode: str, tmp_path: Path) -> None:
     assert picture.stat().st_size > 0
 
 
-def test_digits_refuses_bad_arguments() -> None:
+@pytest.mark.parametrize(
+    "option, value, error", [("--epsilon", "-1", "not a positive number"), ("--delta", "1", "not between 0 and 1")]
+)
+def test_digits_refuses_bad_arguments(option: str, value: str, error: str) -> None:
     pytest.importorskip("sklearn")
     run = subprocess.run(
-        [sys.executable, EXAMPLES / "digits.py", "--epsilon", "-1"], capture_output=True, text=True, check=False
+        [sys.executable, EXAMPLES / "digits.py", option, value], capture_output=True, text=True, check=False
     )
     assert run.returncode == 2
-    assert "not a positive number" in run.stderr
+    assert error in run.stderr
+
+
+def test_distributed() -> None:
+    pytest.importorskip("sklearn")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, EXAMPLES / "distributed.py", "--epochs", "2", "--parallel", "fsdp"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    header, line, row = run.stdout.strip().splitlines()  # of one rank
+    assert row.split()[:3] == ["fsdp", "ghost_bk", "2"]
+    assert row.endswith("3,093 of 6,186")
+
+
+def test_distributed_says_how_to_start_it() -> None:
+    pytest.importorskip("sklearn")
+    run = subprocess.run([sys.executable, EXAMPLES / "distributed.py"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "torchrun" in run.stderr
