@@ -9,17 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed._functional_collectives import all_reduce
+from torch.profiler import ProfilerActivity, profile
+
+from tests.ranks import ranks
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 
+import distributed
+from communication import Communication
 from measure import BASELINE, WAYS, Figures, make_step, peak_memory
 from report import tables
-from workloads import MAIN, SWEEPS, WORKLOADS, gpt2
+from scaling import Batch, sent
+from workloads import MAIN, SWEEPS, WORKLOADS, Transformer, Workload, gpt2, tokens
 
 CPU = torch.device("cpu")
 MIB = 2**20
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "step.py"
+DISTRIBUTED = BENCHMARK.with_name("distributed.py")
 
 
 def block(mebibytes):
@@ -114,3 +123,83 @@ def test_step_refuses_names_that_match_nothing():
     run = subprocess.run([sys.executable, BENCHMARK, "--only", "MPL"], capture_output=True, text=True, check=False)
     assert run.returncode == 2
     assert "'MPL' matches none of: MLP; " in run.stderr
+
+
+def known_collectives():
+    pair = dist.new_group([0, 1])
+    whole, part = torch.ones(1000, dtype=torch.float32), torch.ones(250, dtype=torch.float32)
+    with Communication() as communication:
+        dist.all_reduce(whole)
+        all_reduce(whole, "sum", dist.group.WORLD).sum()
+        dist.all_gather(list(torch.empty(4, 250).unbind()), part.double())
+        dist.broadcast(whole, 0)
+        dist.barrier()
+        if dist.get_rank() < 2:
+            dist.all_reduce(whole, group=pair)
+    return communication.sent
+
+
+def test_bytes_of_known_collectives():
+    """Four ranks: 1000 numbers of 4 bytes; 250 of 8 bytes; and 1000 once more among two of them."""
+    with ranks(4) as group:
+        counts = group(known_collectives)
+    for rank, sizes in enumerate(counts):
+        assert sizes["c10d::allreduce_"] == 2 * 3 / 4 * 4000 + (2 * 1 / 2 * 4000 if rank < 2 else 0)
+        assert sizes["_c10d_functional::all_reduce"] == 2 * 3 / 4 * 4000
+        assert sizes["c10d::allgather_"] == 3 * 2000
+        assert sizes["c10d::broadcast_"] == 3 / 4 * 4000
+        assert sum(sizes.values()) == sum(size for name, size in sizes.items() if name != "c10d::barrier")
+
+
+SMALL = Workload(lambda: Transformer(64, 8, width=32, depth=3), tokens(8, 64), tokens(8, 64), 8)
+
+
+def compare(name):
+    """What is counted, what the profiler sees, and what the formulas say."""
+    torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        shape = SMALL.model()
+    found = []
+    for way in [BASELINE, *distributed.MODES]:
+        step = distributed.make_step(SMALL, name, way, CPU)
+        step()
+        step()
+        counted = distributed.count(step)
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
+            step()
+        seen = sum(event.name.startswith("c10d::") for event in trace.events())
+        expected = sent(shape, distributed.PLANS[name].mesh(dist.get_world_size()), way, Batch(8, 8))
+        found.append((sum(counted.calls.values()), seen, sum(counted.sent.values()), expected))
+    return found
+
+
+@pytest.mark.parametrize("name", list(distributed.PLANS))
+def test_formulas_say_what_is_sent(name):
+    with ranks(4) as group:
+        for found in group(compare, name):
+            for calls, seen, size, expected in found:
+                assert calls == seen
+                assert calls == pytest.approx(expected.calls, rel=0.1)  # what "ghost" keeps is up to the planner
+                assert size == pytest.approx(expected.size, rel=0.01)
+
+
+def test_distributed(tmp_path):
+    report = tmp_path / "distributed.json"
+    command = [sys.executable, DISTRIBUTED, "--seconds", "0.1", "--json", report, "--only", "ddp"]
+    run = subprocess.run([*command, "--workload", "text classifier, T=32"], capture_output=True, text=True, check=True)
+    assert "| time of a step " in run.stdout
+    (figures,) = json.loads(report.read_text())["layouts"].values()
+    assert set(figures["time"]) == {BASELINE, *distributed.MODES}
+    for quantity in "time", "sent", "expected", "calls", "peak":
+        assert all(value > 0 for value in figures[quantity].values())
+
+
+def test_distributed_formulas():
+    run = subprocess.run([sys.executable, DISTRIBUTED, "--formulas"], capture_output=True, text=True, check=True)
+    assert "6,714,727,680 parameters" in run.stdout
+
+
+def test_distributed_refuses_too_few_ranks():
+    run = subprocess.run([sys.executable, DISTRIBUTED, "--only", "hsdp"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "hsdp need --ranks 4" in run.stderr
