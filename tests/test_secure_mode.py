@@ -544,7 +544,7 @@ def test_loaders_that_cannot_be_secured(private: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ew", "ghost_fsdp")] + [{}]
+    "options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ew")] + [{}]
 )
 def test_other_modes_are_refused(options: dict[str, str]) -> None:
     model = network()
