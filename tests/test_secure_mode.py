@@ -543,9 +543,7 @@ def test_loaders_that_cannot_be_secured(private: Any, name: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ew")] + [{}]
-)
+@pytest.mark.parametrize("options", [{"grad_sample_mode": mode} for mode in ("hooks", "functorch", "ew")] + [{}])
 def test_other_modes_are_refused(options: dict[str, str]) -> None:
     model = network()
     arguments = dict(
