@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from torch.profiler import ProfilerActivity, profile
 
+from tests.distributed_cases import needs_fsdp
 from tests.ranks import ranks
 
 pytest.importorskip("matplotlib")
@@ -173,6 +174,7 @@ def compare(name):
     return found
 
 
+@needs_fsdp
 @pytest.mark.parametrize("name", list(distributed.PLANS))
 def test_formulas_say_what_is_sent(name):
     with ranks(4) as group:
@@ -183,6 +185,7 @@ def test_formulas_say_what_is_sent(name):
                 assert size == pytest.approx(expected.size, rel=0.01)
 
 
+@needs_fsdp
 def test_distributed(tmp_path):
     report = tmp_path / "distributed.json"
     command = [sys.executable, DISTRIBUTED, "--seconds", "0.1", "--json", report, "--only", "ddp"]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed_cases import needs_fsdp
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -33,6 +35,7 @@ def test_digits_refuses_bad_arguments(option: str, value: str, error: str) -> No
     assert error in run.stderr
 
 
+@needs_fsdp
 def test_distributed() -> None:
     pytest.importorskip("sklearn")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
