@@ -143,14 +143,15 @@ def _collectives(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> Iter
         buckets = 1 + max(0, math.ceil((ELEMENT * elements / 2**20 - 1) / 25))
         calls = 2 * math.ceil(elements / BUCKET) if private else buckets
         yield Sent(total / calls, calls)
-        return
     if mesh.shard > 1:
         yield from _fsdp(every, mesh, way)
     if mesh.tensor > 1:
         yield from _tensor_parallel(every, mesh, way, batch)
-    if private:
-        for axis in mesh.sizes.values():
-            if axis > 1:
+    for axis in mesh.sizes.values():
+        if private and axis > 1:
+            # Four numbers that all ranks have to go by.
+            yield Sent(all_gather(4 * 8, axis))
+            if mesh.shard > 1 or mesh.tensor > 1:
                 # Of which parameters to run a second pass; in it, of dropped samples.
                 yield Sent(all_reduce(8 * params, axis))
                 if way == "ghost":
