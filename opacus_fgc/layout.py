@@ -239,7 +239,7 @@ class Layout:
                 # FSDP cuts what tensor parallel leaves, whatever the placement says of the order.
                 cut.append(Replicate() if dim is None else Shard(dim))
             elif dim is not None:
-                shape[dim] = cut_size(shape[dim], Axis(group, data=False))
+                shape[dim] = len(cut_rows(shape[dim], Axis(group, data=False)))
         if total is None:
             # All ranks have to take part.
             total = torch.zeros(shape, dtype=param.dtype, device=param.device)
@@ -469,9 +469,8 @@ def cut_as(param: Any, whole: Tensor) -> Tensor:
     # Tensor parallel has the last axis and cuts first; FSDP cuts what is left.
     for group, placement in reversed(list(zip(_groups(param), param.placements, strict=True))):
         if not placement.is_replicate():
-            axis, size = Axis(group, data=False), part.shape[placement.dim]
-            start = min(axis.rank * -(-size // axis.size), size)
-            part = part.narrow(placement.dim, start, cut_size(size, axis))
+            rows = cut_rows(part.shape[placement.dim], Axis(group, data=False))
+            part = part.narrow(placement.dim, rows.start, len(rows))
     return _like(param, part.contiguous())
 
 
@@ -484,10 +483,10 @@ def _is_cut(param: Any, axis: int) -> bool:
     return axis < len(placements) and not placements[axis].is_replicate()
 
 
-def cut_size(size: int, axis: Axis) -> int:
-    """How many of the rows of a tensor that is cut along an axis this rank has; as `torch.chunk` cuts."""
+def cut_rows(size: int, axis: Axis) -> range:
+    """Which of the rows of a tensor that is cut along an axis this rank has; as `torch.chunk` cuts."""
     chunk = -(-size // axis.size)
-    return max(0, min(chunk, size - axis.rank * chunk))
+    return range(size)[axis.rank * chunk : (axis.rank + 1) * chunk]
 
 
 def _param_groups(module: FSDPModule) -> list[Any]:

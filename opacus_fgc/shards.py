@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from opacus_fgc.layout import Axis, cut_size, local
+from opacus_fgc.layout import Axis, cut_rows, local
 from opacus_fgc.taps import Use
 
 
@@ -161,12 +161,10 @@ def _rows(
     layer: nn.Embedding, index: Tensor, backprops: Tensor, mesh: Any, cuts: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
     """Tokens as rows of this rank's part of the table, and backprops that are 0 where the row is another rank's."""
-    axis = Axis(mesh.get_group(), data=False)
-    first, count = 0, layer.num_embeddings
+    rows = range(layer.num_embeddings)
     if cuts.get("weight") == 0:
-        first = min(axis.rank * -(-layer.num_embeddings // axis.size), layer.num_embeddings)
-        count = cut_size(layer.num_embeddings, axis)
-    elsewhere = (index < first) | (index >= first + count)
+        rows = cut_rows(layer.num_embeddings, Axis(mesh.get_group(), data=False))
+    elsewhere = (index < rows.start) | (index >= rows.stop)
     if layer.padding_idx is not None:
         elsewhere = elsewhere | (index == layer.padding_idx)
-    return (index - first).masked_fill(elsewhere, 0), backprops.masked_fill(elsewhere.unsqueeze(-1), 0)
+    return (index - rows.start).masked_fill(elsewhere, 0), backprops.masked_fill(elsewhere.unsqueeze(-1), 0)
