@@ -24,7 +24,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import torch.multiprocessing as mp
 from communication import Communication
 from measure import BASELINE, Step, peak_memory
 from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from report import selection
 from scaling import Batch, Mesh, scaling_tables, sent
 from step import machine, versions
 from tabulate import tabulate
@@ -301,22 +301,12 @@ def tables(results: dict[str, Figures]) -> str:
     )
 
 
-def selection(pattern: str) -> list[str]:
-    """The names of the layouts that a pattern matches.
-
-    Raises:
-        argparse.ArgumentTypeError: if there are none.
-    """
-    names = [name for name in PLANS if fnmatchcase(name, pattern)]
-    if not names:
-        raise argparse.ArgumentTypeError(f"{pattern!r} matches none of: {'; '.join(PLANS)}")
-    return names
-
-
 def arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", type=selection, metavar="PATTERN", help="layouts by name, with * and ?")
+    parser.add_argument(
+        "--only", nargs="+", type=selection(PLANS), metavar="PATTERN", help="layouts by name, with * and ?"
+    )
     transformers = [name for name in WORKLOADS if name.startswith(("text", "language")) and "tied" not in name]
     parser.add_argument("--workload", choices=transformers, default="language model, T=128", help="as in step.py")
     parser.add_argument("--ranks", type=int, default=2, help="even; layouts over two axes need 4")

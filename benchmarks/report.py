@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
@@ -138,3 +141,15 @@ def plot(results: Results, path: Path) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def selection(names: Iterable[str]) -> Callable[[str], list[str]]:
+    """What makes a pattern on the command line the names that it matches; its error if there are none is argparse's."""
+
+    def matching(pattern: str) -> list[str]:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            raise argparse.ArgumentTypeError(f"{pattern!r} matches none of: {'; '.join(names)}")
+        return found
+
+    return matching

@@ -16,28 +16,15 @@ import json
 import platform
 import warnings
 from dataclasses import asdict
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import opacus
 import torch
 from measure import measure
-from report import plot, tables
+from report import plot, selection, tables
 from workloads import MAIN, WORKLOADS
 
 import opacus_fgc
-
-
-def selection(pattern: str) -> list[str]:
-    """The names of the workloads that a pattern matches.
-
-    Raises:
-        argparse.ArgumentTypeError: if there are none.
-    """
-    names = [name for name in WORKLOADS if fnmatchcase(name, pattern)]
-    if not names:
-        raise argparse.ArgumentTypeError(f"{pattern!r} matches none of: {'; '.join(WORKLOADS)}")
-    return names
 
 
 def processor() -> str:
@@ -72,7 +59,9 @@ def arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--only", nargs="+", type=selection, metavar="PATTERN", help="workloads by name, with * and ?")
+    which.add_argument(
+        "--only", nargs="+", type=selection(WORKLOADS), metavar="PATTERN", help="workloads by name, with * and ?"
+    )
     which.add_argument("--sweeps", action="store_true", help="sweeps over T and B as well")
     parser.add_argument("--seconds", type=float, default=12.0, help="time for the rounds of each workload")
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
