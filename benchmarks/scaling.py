@@ -6,7 +6,7 @@ They are derived, and compared with what was measured, in ``docs/scaling.md``. A
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ from tabulate import tabulate
 from torch import nn
 from workloads import Transformer
 
-from opacus_fgc.layout import BUCKET
 from opacus_fgc.planner import MEMORY
+from opacus_fgc.sums import buckets
 
 ELEMENT = 4
 GIB = 2**30
@@ -69,10 +69,9 @@ class Layer(NamedTuple):
         kind: "columns" or "rows" if tensor parallel cuts it by these, else "".
         head: whether it is the head.
         unit: the place of its block; -1 for what FSDP has in no block.
-        cut: elements of parameters of which this rank has its part.
-        copied: elements that all ranks of tensor parallel have.
-        params: how many parameters it has.
-        vectors: how many of them have one axis.
+        cut: elements of each parameter of which this rank has its part.
+        copied: elements of each that all ranks of tensor parallel have.
+        vectors: elements of those of them that have one axis.
         rows: times that it is applied: samples times positions.
         inputs: input features on all ranks.
         outputs: output features on all ranks.
@@ -82,19 +81,23 @@ class Layer(NamedTuple):
     kind: str
     head: bool
     unit: int
-    cut: int
-    copied: int
-    params: int
-    vectors: int
+    cut: list[int]
+    copied: list[int]
+    vectors: list[int]
     rows: int
     inputs: int
     outputs: int
     held: float
 
     @property
+    def params(self) -> list[int]:
+        """Elements of each parameter."""
+        return self.cut + self.copied
+
+    @property
     def elements(self) -> int:
         """Of all parameters."""
-        return self.cut + self.copied
+        return sum(self.params)
 
 
 def layers(model: Transformer, batch: Batch, tensor: int = 1) -> Iterator[Layer]:
@@ -106,8 +109,8 @@ def layers(model: Transformer, batch: Batch, tensor: int = 1) -> Iterator[Layer]
             continue
         name = path.rpartition(".")[2]
         columns, rows = name in COLUMNS and not (name == "head" and model.pooled), name in ROWS
-        cut = sum(param.numel() for key, param in params.items() if columns or (rows and key == "weight"))
-        every = sum(param.numel() for param in params.values())
+        is_cut = {key: columns or (rows and key == "weight") for key in params}
+        size = {key: param.numel() // (tensor if is_cut[key] else 1) for key, param in params.items()}
         times = batch.samples * (1 if name == "head" and model.pooled else batch.positions)
         linear = isinstance(module, nn.Linear)
         outputs, inputs = module.weight.shape if linear else (model.embedding.weight.shape[1],) * 2
@@ -116,10 +119,9 @@ def layers(model: Transformer, batch: Batch, tensor: int = 1) -> Iterator[Layer]
             kind="columns" if columns else "rows" if rows else "",
             head=name == "head",
             unit=blocks.get(module, -1),
-            cut=cut // tensor,
-            copied=every - cut,
-            params=len(params),
-            vectors=sum(param.dim() == 1 for param in params.values()),
+            cut=[size[key] for key in params if is_cut[key]],
+            copied=[size[key] for key in params if not is_cut[key]],
+            vectors=[size[key] for key, param in params.items() if param.dim() == 1],
             rows=times,
             inputs=inputs,
             outputs=outputs,
@@ -133,15 +135,20 @@ def sent(model: Transformer, mesh: Mesh, way: str, batch: Batch) -> Sent:
     return Sent(sum(part.size * part.calls for part in parts), sum(part.calls for part in parts))
 
 
+def _buckets(sizes: Iterable[float]) -> int:
+    """In how many buckets tensors of so many elements are summed."""
+    return sum(1 for _ in buckets((None, torch.empty(math.ceil(size), device="meta")) for size in sizes))
+
+
 def _collectives(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> Iterator[Sent]:
     private = way != BASELINE
     elements = sum(layer.elements for layer in every)
-    params = sum(layer.params for layer in every)
+    params = [size for layer in every for size in layer.params]
     if mesh.replicate > 1 and mesh.shard == 1:
         total = all_reduce(ELEMENT * elements, mesh.replicate)
         # Torch's buckets are of 25 MiB, but for a first one of 1 MiB.
-        buckets = 1 + max(0, math.ceil((ELEMENT * elements / 2**20 - 1) / 25))
-        calls = 2 * math.ceil(elements / BUCKET) if private else buckets
+        buckets_of_torch = 1 + max(0, math.ceil((ELEMENT * elements / 2**20 - 1) / 25))
+        calls = 2 * _buckets(params) if private else buckets_of_torch
         yield Sent(total / calls, calls)
     if mesh.shard > 1:
         yield from _fsdp(every, mesh, way)
@@ -153,7 +160,7 @@ def _collectives(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> Iter
             yield Sent(all_gather(4 * 8, axis))
             if mesh.shard > 1 or mesh.tensor > 1:
                 # Of which parameters to run a second pass; in it, of dropped samples.
-                yield Sent(all_reduce(8 * params, axis))
+                yield Sent(all_reduce(8 * len(params), axis))
                 if way == "ghost":
                     yield Sent(all_reduce(8, axis))
 
@@ -165,21 +172,22 @@ def _fsdp(every: list[Layer], mesh: Mesh, way: str) -> Iterator[Sent]:
         # What is in no block stays whole between forward and backward.
         passes = (1 if unit == -1 else 2) + (way == "ghost")
         yield Sent(all_gather(shard, mesh.shard), passes)
-        # FSDP reduces unit by unit; what a first pass kept is reduced parameter by parameter.
-        alone = {
-            BASELINE: 0,
-            "ghost": sum(layer.vectors for layer in inside),
-            "ghost_bk": sum(layer.params for layer in inside),
-        }[way]
-        calls = alone + (way != "ghost_bk")
-        yield Sent(reduce_scatter(shard * mesh.shard, mesh.shard) / calls, calls)
-        if mesh.replicate > 1:
-            yield Sent(all_reduce(shard, mesh.replicate) / calls, calls)
-    if way != BASELINE and mesh.replicate > 1:
-        # Of copies each rank draws the noise of a part.
-        shard = sum(layer.elements for layer in every) / mesh.shard
-        calls = math.ceil(shard / BUCKET)
-        yield Sent(reduce_scatter(ELEMENT * shard, mesh.replicate) / calls, calls)
+    # FSDP reduces unit by unit; what a first pass kept is reduced in buckets.
+    units = 0 if way == "ghost_bk" else len({layer.unit for layer in every})
+    kept = {
+        BASELINE: [],
+        "ghost": [size for layer in every for size in layer.vectors],
+        "ghost_bk": [size for layer in every for size in layer.params],
+    }[way]
+    calls = units + _buckets(kept)
+    total = ELEMENT * sum(layer.elements for layer in every)
+    yield Sent(reduce_scatter(total, mesh.shard) / calls, calls)
+    if mesh.replicate > 1:
+        yield Sent(all_reduce(total / mesh.shard, mesh.replicate) / calls, calls)
+        if way != BASELINE:
+            # Of copies each rank draws the noise of a part.
+            calls = _buckets(size / mesh.shard for layer in every for size in layer.params)
+            yield Sent(reduce_scatter(total / mesh.shard, mesh.replicate) / calls, calls)
 
 
 def _tensor_parallel(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> Iterator[Sent]:
@@ -192,12 +200,13 @@ def _tensor_parallel(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> 
             yield Sent(all_gather(ELEMENT * layer.rows * layer.outputs / mesh.tensor, mesh.tensor))
     if way == BASELINE:
         return
-    params = sum(layer.params for layer in every)
+    params = sum(len(layer.params) for layer in every)
     yield Sent(all_gather(ELEMENT * batch.samples * params, mesh.tensor))  # norms
     yield Sent(all_gather(ELEMENT * batch.samples, mesh.tensor))  # losses
     yield Sent(all_gather(8, mesh.tensor))  # their number
-    copied = sum(layer.copied for layer in every) / mesh.shard
-    yield Sent(reduce_scatter(ELEMENT * copied, mesh.tensor))  # noise, in parts
+    copied = [size / mesh.shard for layer in every for size in layer.copied]
+    calls = _buckets(copied)
+    yield Sent(reduce_scatter(ELEMENT * sum(copied), mesh.tensor) / calls, calls)  # noise, in parts
 
 
 def held(model: Transformer, mesh: Mesh, way: str, batch: Batch) -> float:

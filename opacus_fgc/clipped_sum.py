@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_fgc.layout import local
+from opacus_fgc.axes import local
 
 
 @dataclass

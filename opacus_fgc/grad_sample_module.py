@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,10 @@ from opacus.grad_sample import GradSampleModule
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
+from opacus_fgc.axes import local
 from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.layout import local
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
@@ -409,17 +409,22 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             self.record.samples, rest = samples, []
         later = set(rest)
         self._plan.lap()
-        # In an order that all ranks have.
-        for param in self.trainable_parameters:
-            if param not in later:
-                yield param, self.layout.as_parameter(param, self.record.weighted_sum(param, coef))
-                self._plan.summed(param)
+        yield from self.layout.as_parameters(self._kept_sums(later, coef))
         if rest:
             with self.hooks_off():
                 weighted = self.record.loss_scale * (coef.to(loss_per_sample) * loss_per_sample).sum()
                 gradients = self.layout.second_pass(weighted, rest, self._unsharded.of)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._plan.second_pass(rest)
+
+    def _kept_sums(self, later: Container[Any], coef: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
+        assert self.record is not None
+        # In an order that all ranks have.
+        for param in self.trainable_parameters:
+            if param not in later:
+                total = self.record.weighted_sum(param, coef)
+                self._plan.summed(param)
+                yield param, total
 
     def _unscaled(self, gradient: Tensor | None) -> Tensor | None:
         assert self.record is not None

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,53 +20,12 @@ from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from opacus_fgc.axes import Axis, cut_rows, groups, is_cut, like, local
 from opacus_fgc.checks import describe
-
-BUCKET = 2**23
-"""Elements of parameters that are copied along an axis are summed in buckets of so many, 32 MiB in float32."""
-
-AddNoise = Callable[[Tensor], Tensor]
-"""Values plus noise; called on every value once, on one rank."""
-
-
-# Torch has renamed it.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Axis(NamedTuple):
-    """One axis of the mesh of processes.
-
-    Attributes:
-        group: the processes along it.
-        data: whether they have different samples.
-    """
-
-    group: Any
-    data: bool
-
-    @property
-    def size(self) -> int:
-        """How many processes it has."""
-        return dist.get_world_size(self.group)
-
-    @property
-    def rank(self) -> int:
-        """Which of them this one is."""
-        return dist.get_rank(self.group)
-
-    def gathered(self, value: Tensor) -> Tensor:
-        """A value of all ranks, stacked along a first axis."""
-        values = value.new_empty(self.size, *value.shape)
-        dist.all_gather(list(values.unbind()), value.contiguous(), group=self.group)
-        return values
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from opacus_fgc.sums import AddNoise, NoisySum, ScatteredSum, buckets, one_ahead
 
 
 class Layout:
@@ -93,13 +52,19 @@ class Layout:
         _refuse_other_wrappers(model)
         data = self._data_groups(model)
         # A mesh that FSDP and tensor parallel share has FSDP's axes first.
-        others = [group for param in self._params for group in _groups(param)[len(data) :]]
+        others = [group for param in self._params for group in groups(param)[len(data) :]]
         self.axes = (*(Axis(group, data=True) for group in data), *(Axis(group, data=False) for group in others[:1]))
         several = len({tuple(dist.get_process_group_ranks(group)) for group in others}) > 1
-        if several or any(len(_groups(param)) > len(data) + 1 for param in self._params):
+        if several or any(len(groups(param)) > len(data) + 1 for param in self._params):
             raise NotImplementedError(
                 "tensor parallel over several meshes, or over one with several axes; use one mesh with one axis for it"
             )
+
+    @property
+    def _device(self) -> torch.device:
+        """Where ranks compute, and what they tell each other is."""
+        # FSDP may keep parameters elsewhere.
+        return torch.device(self._mesh.device_type) if self._fsdp else self._params[0].device
 
     def _data_groups(self, model: nn.Module) -> list[Any]:
         if any(isinstance(module, DifferentiallyPrivateDistributedDataParallel) for module in model.modules()):
@@ -168,7 +133,7 @@ class Layout:
                 continue
             every = axis.gathered(torch.stack([result[param] for param in self._params]))
             for param, norms_of_param in zip(self._params, every.unbind(1), strict=True):
-                if _is_cut(param, place):
+                if is_cut(param, place):
                     result[param] = torch.linalg.vector_norm(norms_of_param, dim=0)
                     continue
                 result[param] = norms_of_param[0]
@@ -205,7 +170,7 @@ class Layout:
         """The most of each number over the ranks that have to run as many forwards as each other."""
         if not self.forward_communicates:
             return list(numbers)
-        values = torch.tensor(numbers, dtype=torch.int64, device=self._params[0].device)
+        values = torch.tensor(numbers, dtype=torch.int64, device=self._device)
         for axis in self.axes:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=axis.group)
         return values.tolist()
@@ -222,32 +187,40 @@ class Layout:
         flags = self.most([param in among for param in self._params])
         return [param for param, flag in zip(self._params, flags, strict=True) if flag]
 
-    def as_parameter(self, param: Any, total: Tensor | None) -> Tensor | None:
-        """What belongs into ``summed_grad`` of a parameter: under FSDP summed over ranks, and cut as the parameter is.
+    def as_parameters(self, totals: Iterable[tuple[Any, Tensor | None]]) -> Iterator[tuple[Any, Tensor | None]]:
+        """What belongs into ``summed_grad`` of parameters: under FSDP summed over ranks, and cut as the parameter is.
+
+        While some are on their way, the next ones are computed.
 
         Args:
-            param: the parameter.
-            total: the clipped sum over this rank's samples, of the shape that a layer sees of the parameter; None for 0.
+            totals: parameters, and the clipped sums over this rank's samples, of the shapes that layers see of the
+                parameters; None for 0.
+
+        Yields:
+            A parameter, and what belongs there.
         """
         if not self._fsdp:
-            return None if total is None else _like(param, total)
-        cut: list[Any] = []
+            for param, total in totals:
+                yield param, None if total is None else like(param, total)
+            return
+        *copies, shard = (axis for axis in self.axes if axis.data)
+        # All ranks have to take part, with 0 too.
+        present = ((param, self._zeros(param) if total is None else total) for param, total in totals)
+        sums = (
+            (params, ScatteredSum(several, [param.placements[len(copies)].dim for param in params], shard, copies))
+            for params, several in buckets(present)
+        )
+        for params, scattered in one_ahead(sums):
+            for param, part in zip(params, scattered.parts(), strict=True):
+                yield param, like(param, part.to(param.device))
+
+    def _zeros(self, param: Any) -> Tensor:
+        """Zeros of the shape that layers see of a parameter under FSDP."""
         shape = list(param.shape)
-        for place, (group, placement) in enumerate(zip(_groups(param), param.placements, strict=True)):
-            dim = getattr(placement, "dim", None)
-            if place < self._mesh.ndim:
-                # FSDP cuts what tensor parallel leaves, whatever the placement says of the order.
-                cut.append(Replicate() if dim is None else Shard(dim))
-            elif dim is not None:
-                shape[dim] = len(cut_rows(shape[dim], Axis(group, data=False)))
-        if total is None:
-            # All ranks have to take part.
-            total = torch.zeros(shape, dtype=param.dtype, device=param.device)
-        whole = DTensor.from_local(total, self._mesh, [Partial()] * len(cut), run_check=False)
-        # The last axis first, which cuts: so the axis before it, that of copies, sums one shard and not all of it.
-        for place in reversed(range(len(cut))):
-            whole = whole.redistribute(self._mesh, [Partial()] * place + cut[place:])
-        return _like(param, whole.to_local())
+        for axis, placement in zip(self.axes, param.placements, strict=False):
+            if not axis.data and not placement.is_replicate():
+                shape[placement.dim] = len(cut_rows(shape[placement.dim], axis))
+        return torch.zeros(shape, dtype=param.dtype, device=self._device)
 
     def second_pass(self, loss: Tensor, params: Sequence[Any], seen: Callable[[Any], Tensor]) -> list[Tensor | None]:
         """The gradients of a weighted loss by some parameters, as they belong into ``summed_grad``; None for 0.
@@ -309,24 +282,18 @@ class Layout:
         Yields:
             A parameter, and its gradient.
         """
-        copied: dict[Any, list[Any]] = {}
+        copied: dict[tuple[Axis, ...], list[tuple[Any, Tensor]]] = {}
         for param in params:
+            summed = local(param.summed_grad)
             axes = self._copies(param)
             if axes:
-                copied.setdefault((axes, local(param).dtype, local(param).device), []).append(param)
+                copied.setdefault(axes, []).append((param, summed))
             else:
-                yield param, _like(param, add_noise(_summed(param)))
-        for (axes, _, _), several in copied.items():
-            arriving: tuple[list[Any], Share] | None = None
-            for bucket in _buckets(several):
-                before, arriving = (
-                    arriving,
-                    (bucket, Share(torch.cat([_summed(param).flatten() for param in bucket]), axes)),
-                )
-                if before is not None:
-                    yield from _split(before[1].noisy(add_noise), before[0])
-            if arriving is not None:
-                yield from _split(arriving[1].noisy(add_noise), arriving[0])
+                yield param, like(param, add_noise(summed))
+        for axes, several in copied.items():
+            sums = ((bucket, NoisySum(tensors, axes)) for bucket, tensors in buckets(several))
+            for bucket, noisy in one_ahead(sums):
+                yield from zip(bucket, map(like, bucket, noisy.whole(add_noise)), strict=True)
 
     def noisy_total(self, value: Tensor, add_noise: AddNoise) -> Tensor:
         """The total of a number over all samples, plus noise, the same on all ranks.
@@ -337,7 +304,8 @@ class Layout:
         """
         if not self.axes:
             return add_noise(value)
-        return Share(value.reshape(1), self.axes).noisy(add_noise)[0]
+        (noisy,) = NoisySum([value], self.axes).whole(add_noise)
+        return noisy
 
     def _copies(self, param: Any) -> tuple[Axis, ...]:
         """The axes along which a parameter is copied; as data axes those whose sum is still to be taken."""
@@ -345,7 +313,7 @@ class Layout:
             # FSDP sums along both of its axes in every backward pass.
             axis._replace(data=axis.data and not self._fsdp)
             for place, axis in enumerate(self.axes)
-            if not _is_cut(param, place)
+            if not is_cut(param, place)
         )
 
     def own_generator(self, generator: torch.Generator | None) -> torch.Generator | None:
@@ -370,7 +338,7 @@ class Layout:
         Args:
             values: what to compare, by what to call it.
         """
-        own = torch.tensor(list(values.values()), dtype=torch.float64, device=self._params[0].device)
+        own = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
         for axis in self.axes:
             for name, numbers in zip(values, axis.gathered(own).T.tolist(), strict=True):
                 if len(set(numbers)) > 1:
@@ -381,112 +349,10 @@ class Layout:
 
     def common(self, secret: bytes) -> bytes:
         """The first rank's bytes, on all ranks."""
-        value = torch.tensor(list(secret), dtype=torch.uint8, device=self._params[0].device)
+        value = torch.tensor(list(secret), dtype=torch.uint8, device=self._device)
         for axis in self.axes:
             dist.broadcast(value, dist.get_global_rank(axis.group, 0), group=axis.group)
         return bytes(value.tolist())
-
-
-class Share:
-    """This rank's share of a flat sum over some axes, on its way.
-
-    Args:
-        flat: what this rank has of it, shape ``(n,)``.
-        axes: those over which it is summed, where they are data axes; along the others all have the same.
-    """
-
-    def __init__(self, flat: Tensor, axes: Sequence[Axis]) -> None:
-        self._axes = axes
-        self._lengths: list[int] = []
-        self._work: Any = None
-        for axis in axes:
-            self._wait()
-            self._lengths.append(len(flat))
-            padded = nn.functional.pad(flat, (0, -len(flat) % axis.size))
-            if axis.data:
-                flat = padded.new_empty(len(padded) // axis.size)
-                self._work = _reduce_scatter(flat, padded, group=axis.group, async_op=True)
-            else:
-                flat = padded.chunk(axis.size)[axis.rank]
-        self._flat = flat
-
-    def _wait(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-
-    def noisy(self, add_noise: AddNoise) -> Tensor:
-        """The whole sum plus noise, shape ``(n,)``, the same bits on all ranks."""
-        self._wait()
-        flat = add_noise(self._flat)
-        for axis, length in zip(reversed(self._axes), reversed(self._lengths), strict=True):
-            flat = axis.gathered(flat).flatten()[:length]
-        return flat
-
-
-def _summed(param: Any) -> Tensor:
-    return local(param.summed_grad)
-
-
-def _split(flat: Tensor, params: Sequence[Any]) -> Iterator[tuple[Any, Tensor]]:
-    parts = flat.split([local(param).numel() for param in params])
-    for param, part in zip(params, parts, strict=True):
-        yield param, _like(param, part.view(local(param).shape))
-
-
-def _buckets(params: Sequence[Any]) -> Iterator[list[Any]]:
-    bucket: list[Any] = []
-    size = 0
-    for param in params:
-        elements = local(param).numel()
-        if bucket and size + elements > BUCKET:
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(param)
-        size += elements
-    yield bucket
-
-
-def _like(param: Any, values: Tensor) -> Tensor:
-    """What this rank has of a tensor, as a tensor that is cut as the parameter is."""
-    if not isinstance(param, DTensor):
-        return values
-    return DTensor.from_local(
-        values, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
-    )
-
-
-def cut_as(param: Any, whole: Tensor) -> Tensor:
-    """A tensor that is cut over ranks as a parameter is.
-
-    Args:
-        param: the parameter; nothing is cut unless it is a DTensor.
-        whole: a tensor of the same shape, the same on all ranks.
-    """
-    if not isinstance(param, DTensor):
-        return whole
-    part = whole.to(param.device)
-    # Tensor parallel has the last axis and cuts first; FSDP cuts what is left.
-    for group, placement in reversed(list(zip(_groups(param), param.placements, strict=True))):
-        if not placement.is_replicate():
-            rows = cut_rows(part.shape[placement.dim], Axis(group, data=False))
-            part = part.narrow(placement.dim, rows.start, len(rows))
-    return _like(param, part.contiguous())
-
-
-def _groups(param: Any) -> list[Any]:
-    return param.device_mesh.get_all_groups() if isinstance(param, DTensor) else []
-
-
-def _is_cut(param: Any, axis: int) -> bool:
-    placements = param.placements if isinstance(param, DTensor) else ()
-    return axis < len(placements) and not placements[axis].is_replicate()
-
-
-def cut_rows(size: int, axis: Axis) -> range:
-    """Which of the rows of a tensor that is cut along an axis this rank has; as `torch.chunk` cuts."""
-    chunk = -(-size // axis.size)
-    return range(size)[axis.rank * chunk : (axis.rank + 1) * chunk]
 
 
 def _param_groups(module: FSDPModule) -> list[Any]:

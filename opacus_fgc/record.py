@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_fgc.layout import local
+from opacus_fgc.axes import local
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
 from opacus_fgc.precision import at_least_float32, full_precision, without_autocast

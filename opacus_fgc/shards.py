@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from opacus_fgc.layout import Axis, cut_rows, local
+from opacus_fgc.axes import Axis, cut_rows, local
 from opacus_fgc.taps import Use
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from opacus_fgc.layout import cut_as
+from opacus_fgc.axes import cut_as
 
 
 class WholeState:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from opacus_fgc import sums
 from tests.distributed_cases import (
     C,
     both,
@@ -42,6 +43,7 @@ def group(request) -> Iterator[Ranks]:
 
 
 def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9, evaluate: bool = False) -> None:
+    sums.BUCKET = 40  # several buckets a step, of one or more parameters
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
     model, x, y = make()
     expected = reference(model, nn.CrossEntropyLoss(), (x,), y, len(x))
