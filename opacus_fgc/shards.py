@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.axes import Axis, cut_rows, local
-from opacus_fgc.taps import Use
+from opacus_fgc.taps import Use, tensors_in
 
 
 class Unsharded:
@@ -21,11 +22,17 @@ class Unsharded:
     Args:
         model: the model, between two forwards.
         note: told of each parameter and what stands for it.
+        is_shared: whether an input of a module is computed from parameters alone. FSDP joins the graphs of all inputs; such
+            inputs it is to leave as they are.
     """
 
-    def __init__(self, model: nn.Module, note: Callable[[Any, Tensor], None]) -> None:
+    def __init__(
+        self, model: nn.Module, note: Callable[[Any, Tensor], None], is_shared: Callable[[Tensor], bool]
+    ) -> None:
         self._model = model
         self._note = note
+        self._is_shared = is_shared
+        self._inputs: list[Tensor] = []
         self._seen: dict[Any, Tensor] = {}
         self._parameters: dict[Tensor, Any] = {}
         self._places = {module: list(module._parameters.items()) for module in model.modules()}
@@ -33,15 +40,32 @@ class Unsharded:
     def watch(self) -> list[Any]:
         """Puts hooks on the FSDP modules; returns what takes them off."""
         fsdp = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
-        return [module.register_forward_pre_hook(self._look) for module in fsdp]
+        before = [module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in fsdp]
+        return before + [module.register_forward_pre_hook(self._after, with_kwargs=True) for module in fsdp]
 
-    def _look(self, module: nn.Module, args: Any) -> None:
+    # Hooks that are taken off in the middle of the model's call are still called, without keyword arguments.
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        self._inputs = tensors_in((args, kwargs))
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        inputs, self._inputs = self._inputs, []
         for inner in module.modules():
             for name, param in self._places.get(inner, ()):
-                tensor = inner._parameters[name]
-                if tensor is not None and tensor is not param and tensor is not self.of(param):
-                    self._seen[param], self._parameters[tensor] = tensor, param
-                    self._note(param, tensor)
+                seen = inner._parameters[name]
+                if seen is not None and seen is not param and seen is not self.of(param):
+                    self._seen[param], self._parameters[seen] = seen, param
+                    self._note(param, seen)
+        if kwargs is None or not any(map(self._is_shared, inputs)):
+            return None
+        before = iter(inputs)
+
+        def restored(tensor: Tensor) -> Tensor:
+            own = next(before)
+            # FSDP may also have cast it.
+            return own.to(tensor) if self._is_shared(own) else tensor
+
+        return tree_map_only(Tensor, restored, (args, kwargs))
 
     def of(self, param: Any) -> Tensor:
         """What layers see in the place of a parameter; itself outside of FSDP."""

@@ -102,7 +102,9 @@ class TappedModel(OpacusHooks):
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
         self.layout = Layout(model)
-        self._unsharded = Unsharded(model, lambda param, seen: self._ops.add(param, seen))
+        self._unsharded = Unsharded(
+            model, lambda param, seen: self._ops.add(param, seen), lambda tensor: self._ops.is_shared(tensor)
+        )
         self._agree(model)
 
     def _is_compiled(self) -> bool:
@@ -154,6 +156,8 @@ class TappedModel(OpacusHooks):
             self._layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
         # Torch's attention uses a child's weight, which a checkpoint that starts in between has to find watched.
         entrances.update(module for module in self._module.modules() if isinstance(module, nn.MultiheadAttention))
+        # Before `_enter` in this list, so after it in a call: it may run the model on its own.
+        handles += self._unsharded.watch()
         for module in entrances:
             handles.append(module.register_forward_pre_hook(plain(self._enter), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(plain(self._leave), with_kwargs=True, always_call=True))
@@ -173,7 +177,6 @@ class TappedModel(OpacusHooks):
             self._ops.add(param, self._unsharded.of(param))
             if param.requires_grad:
                 handles.append(param.register_hook(partial(self._collect_second_pass, param)))
-        handles += self._unsharded.watch()
         self.enable_hooks()
 
     def _named_parameters(self, module: nn.Module, recurse: bool = True) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -177,6 +178,7 @@ class Tap(torch.autograd.Function):
 # The types of nodes in the graph.
 _TAP_NODE: Any = Tap._backward_cls
 _REENTRANT_NODE: Any = CheckpointFunction._backward_cls
+_FSDP_NODE: Any = RegisterPostBackwardFunction._backward_cls
 
 
 def tap(
@@ -246,10 +248,10 @@ def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterab
     """
     wanted = set(params)
     found: set[Tensor] = set()
-    todo = [output.grad_fn for output in outputs]
-    for node in _visit(todo, {tensor.grad_fn for tensor in inputs}):
+    todo = _nodes(outputs)
+    for node in _visit(todo, set(_nodes(inputs))):
         if type(node) is _TAP_NODE:
-            edges = [edge[0] for edge in node.next_functions]
+            edges = [_behind(*edge) for edge in node.next_functions]
             end = 1 + len(node.pending.outputs)
             todo += edges[end:]
             # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
@@ -280,16 +282,27 @@ def _visit(todo: list[Any], seen: set[Any]) -> Iterator[Any]:
         seen.add(node)
         edges = () if type(node) is _TAP_NODE else node.next_functions
         if edges and type(node) is not _REENTRANT_NODE:
-            for edge, _ in edges:
-                todo.append(edge)
+            for edge, place in edges:
+                todo.append(edge if type(edge) is not _FSDP_NODE else _behind(edge, place))
         else:
             yield node
+
+
+def _behind(node: Any, place: int) -> Any:
+    """Where an edge of the graph leads to, past what FSDP puts in front of a module: one node, an identity on several inputs."""
+    while type(node) is _FSDP_NODE:
+        node, place = node.next_functions[place]
+    return node
+
+
+def _nodes(tensors: Iterable[Tensor]) -> list[Any]:
+    return [_behind(tensor.grad_fn, tensor.output_nr) for tensor in tensors]
 
 
 def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
     """The leaves that something depends on, or is."""
     outputs = list(outputs)
-    behind = _visit([output.grad_fn for output in outputs], set())
+    behind = _visit(_nodes(outputs), set())
     leaves = [output for output in outputs if output.is_leaf] + [_leaf(node) for node in behind]
     return [leaf for leaf in leaves if leaf is not None]
 

@@ -23,7 +23,7 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
 N, VOCABULARY = 4, 37
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -58,7 +58,7 @@ def of(name: str, config: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 def llama(tied: bool = False) -> nn.Module:
-    options = SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "max_position_embeddings": 32}
+    options = SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "max_position_embeddings": 32}
     return of("LlamaForCausalLM", "LlamaConfig", tie_word_embeddings=tied, **options)()
 
 
@@ -134,7 +134,7 @@ MODELS = {
         of(
             "GemmaForCausalLM",
             "GemmaConfig",
-            **SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0},
+            **SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0},
         ),
         tokens,
     ),
@@ -142,12 +142,12 @@ MODELS = {
         of(
             "MistralForCausalLM",
             "MistralConfig",
-            **SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 1, "sliding_window": 4},
+            **SIZES | {"vocab_size": VOCABULARY, "num_key_value_heads": 2, "sliding_window": 4},
         ),
         tokens,
     ),
     "qwen2": Model(
-        of("Qwen2ForCausalLM", "Qwen2Config", num_key_value_heads=1, vocab_size=VOCABULARY, **SIZES), tokens
+        of("Qwen2ForCausalLM", "Qwen2Config", num_key_value_heads=2, vocab_size=VOCABULARY, **SIZES), tokens
     ),
     "distilbert": Model(
         of(
@@ -166,6 +166,17 @@ MODELS = {
 }
 
 
+class Named(nn.Module):
+    """A model whose keyword arguments are positional."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *values: Tensor) -> Any:
+        return self.model(**dict(zip(self.names, values, strict=True)))
+
+
 def loss_of(output: Any, target: Tensor) -> Tensor:
     """One value a sample: the mean over its tokens, where it has such."""
     logits = output.logits
@@ -181,17 +192,9 @@ def test_equals_oracle(name: str, mode: str, entry: str) -> None:
     row = MODELS[name]
     model, inputs = row.make().double().train(), row.inputs()
     target = row.target(inputs)
-    names = list(inputs)
-
-    class Positional(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *values: Tensor) -> Any:
-            return self.model(**dict(zip(names, values, strict=True)))
-
-    oracle = reference(Positional(), lambda *args: loss_of(*args).sum(), tuple(inputs.values()), target, N)
+    oracle = reference(
+        Named(model, list(inputs)), lambda *args: loss_of(*args).sum(), tuple(inputs.values()), target, N
+    )
     max_grad_norm = oracle.total_norm().median().item()
 
     wrapper = ENTRIES[entry](model, max_grad_norm=max_grad_norm)
