@@ -321,7 +321,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
     def _check_trainable(self, loss_per_sample: Tensor) -> None:
         if not loss_per_sample.requires_grad:
             raise RuntimeError("the loss does not depend on any trainable layer of the wrapped model")
-        every = self._named_parameters(self._module)
+        every = self._unsharded.named_parameters(self._module)
         names = {param: name for name, param in every.items() if param.requires_grad}
         late = names.keys() - self._names.keys()
         if late:
@@ -479,3 +479,20 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
         >>> (coef * loss).sum().backward()           # second pass: clipped sum
         >>> model.enable_hooks()                     # now in `summed_grad`
     """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model.
+
+        Raises:
+            NotImplementedError: if an empty batch meets what tensor parallel cannot do with it.
+        """
+        try:
+            return super().forward(*args, **kwargs)
+        except RuntimeError as error:
+            empty = self.record is not None and self.record.batch_size_seen == 0
+            if empty and not all(axis.data for axis in self.layout.axes):
+                raise NotImplementedError(
+                    "this batch has no samples, and torch's distributed tensors cannot do without. Poisson sampling draws such a "
+                    "batch, or such a part for one rank, now and then: take larger batches, or fewer ranks along data axes"
+                ) from error
+            raise

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from opacus_fgc.attention import multi_head_attention
 from opacus_fgc.norm_samplers.functorch import norms_by_sample
 from opacus_fgc.norm_samplers.ops import BATCH_AXIS, REPEATED, Op, OpSampler, sampler_of
+from opacus_fgc.taps import tensors_in
 
 # Operations are known by name, since each goes by several functions (torch.add, Tensor.add, Tensor.__radd__).
 _POINTWISE = frozenset(
@@ -54,6 +55,7 @@ class OpTaps(TorchFunctionMode):
     Args:
         params: the parameters whose operations are caught.
         others: what else is no data: the other parameters of the model, and its buffers.
+        covered: those of the others whose tap is on a module around their layer. What is computed from them stays in there.
         tap_op: taps the output of an operation.
         observe: told of the name, the output and the batch axis of each operation in which something met the data.
         batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
@@ -64,6 +66,7 @@ class OpTaps(TorchFunctionMode):
         self,
         params: Iterable[Tensor],
         others: Iterable[Tensor],
+        covered: Iterable[Tensor],
         tap_op: TapOp,
         observe: Observe,
         batch_first: bool,
@@ -72,6 +75,7 @@ class OpTaps(TorchFunctionMode):
         super().__init__()
         self.params = set(params)
         self._others = set(others)
+        self._covered = set(covered)
         self._tap_op = tap_op
         self._observe = observe
         self._batch_first = batch_first
@@ -108,7 +112,14 @@ class OpTaps(TorchFunctionMode):
 
     def add(self, param: Tensor, seen: Tensor) -> None:
         """Treats a tensor as it treats a parameter, in whose place it is."""
-        (self.params if param in self.params else self._others).add(seen)
+        for known in (self.params, self._others, self._covered):
+            if param in known:
+                known.add(seen)
+
+    def leave_covered(self, inputs: Any, output: Any) -> None:
+        """Told of a module with a tap of its own and all that is in it: on nothing but shared inputs, its output is shared."""
+        if all(map(self.is_shared, tensors_in(inputs))):
+            self._mark(output)
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether a tensor is known to be computed from parameters and constants alone."""
@@ -133,7 +144,7 @@ class OpTaps(TorchFunctionMode):
                 output = func(*args, **kwargs)
                 # What a layer computes from nothing but its own parameters stays between it and its tap.
                 own = all(tensor.requires_grad and tensor in self._others for tensor in shared)
-                return output if own else self._mark(output)
+                return output if own or self._covered.intersection(shared) else self._mark(output)
             caught = any(map(self._is_caught, shared)) and func.__name__ not in _LIKE
             if not caught:
                 return func(*args, **kwargs)
@@ -166,7 +177,7 @@ class OpTaps(TorchFunctionMode):
         return 0 if self._batch_first or dims < 3 else 1
 
     def _mark(self, output: Any) -> Any:
-        for tensor in _tensors((output,), {}):
+        for tensor in tensors_in(output):
             tensor._shared_version = tensor._version  # type: ignore[attr-defined]
         return output
 

@@ -29,19 +29,21 @@ class Unsharded:
     def __init__(
         self, model: nn.Module, note: Callable[[Any, Tensor], None], is_shared: Callable[[Tensor], bool]
     ) -> None:
-        self._model = model
         self._note = note
         self._is_shared = is_shared
         self._inputs: list[Tensor] = []
         self._seen: dict[Any, Tensor] = {}
         self._parameters: dict[Tensor, Any] = {}
-        self._places = {module: list(module._parameters.items()) for module in model.modules()}
+        self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        managed = {inner for module in self._fsdp for inner in module.modules()}
+        self._places = {module: dict(module._parameters) for module in managed}
 
     def watch(self) -> list[Any]:
         """Puts hooks on the FSDP modules; returns what takes them off."""
-        fsdp = [module for module in self._model.modules() if isinstance(module, FSDPModule)]
-        before = [module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in fsdp]
-        return before + [module.register_forward_pre_hook(self._after, with_kwargs=True) for module in fsdp]
+        before = [
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in self._fsdp
+        ]
+        return before + [module.register_forward_pre_hook(self._after, with_kwargs=True) for module in self._fsdp]
 
     # Hooks that are taken off in the middle of the model's call are still called, without keyword arguments.
 
@@ -51,7 +53,7 @@ class Unsharded:
     def _after(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         inputs, self._inputs = self._inputs, []
         for inner in module.modules():
-            for name, param in self._places.get(inner, ()):
+            for name, param in self._places[inner].items():
                 seen = inner._parameters[name]
                 if seen is not None and seen is not param and seen is not self.of(param):
                     self._seen[param], self._parameters[seen] = seen, param
@@ -66,6 +68,16 @@ class Unsharded:
             return own.to(tensor) if self._is_shared(own) else tensor
 
         return tree_map_only(Tensor, restored, (args, kwargs))
+
+    def named_parameters(self, module: nn.Module, recurse: bool = True) -> dict[str, Any]:
+        """The parameters of a module as the optimizer has them, whatever is in their place at the moment."""
+        return {name: self._at(module, name, param) for name, param in module.named_parameters(recurse=recurse)}
+
+    def _at(self, module: nn.Module, name: str, tensor: Any) -> Any:
+        if not self._places:
+            return tensor
+        path, _, last = name.rpartition(".")
+        return self._places.get(module.get_submodule(path), {}).get(last, tensor)
 
     def of(self, param: Any) -> Tensor:
         """What layers see in the place of a parameter; itself outside of FSDP."""

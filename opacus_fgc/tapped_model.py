@@ -146,7 +146,7 @@ class TappedModel(OpacusHooks):
         watched: set[Tensor] = set()
         for layer in self.iterate_submodules(self._module):
             sampler = self._sampler(layer)
-            params = self._named_parameters(layer, recurse=sampler.covers_children)
+            params = self._unsharded.named_parameters(layer, recurse=sampler.covers_children)
             if isinstance(sampler, ByOperation):
                 entrances.add(layer)
                 watched.update(param for param in params.values() if param.requires_grad)
@@ -166,9 +166,16 @@ class TappedModel(OpacusHooks):
             handles.append(
                 layer.register_forward_hook(plain(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
-        every = self._named_parameters(self._module).values()
+        every = self._unsharded.named_parameters(self._module).values()
         others = {*every, *self._module.buffers()} - watched
-        self._ops = OpTaps(watched, others, self._tap_operation, self._observe, self.batch_first, compiled)
+        covered = [
+            param
+            for layer in self._layers.values()
+            if layer.sampler.covers_children
+            for param in layer.params.values()
+            if param.requires_grad
+        ]
+        self._ops = OpTaps(watched, others, covered, self._tap_operation, self._observe, self.batch_first, compiled)
         for module in self._module.modules():
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(self._begin_packed))
@@ -178,10 +185,6 @@ class TappedModel(OpacusHooks):
             if param.requires_grad:
                 handles.append(param.register_hook(partial(self._collect_second_pass, param)))
         self.enable_hooks()
-
-    def _named_parameters(self, module: nn.Module, recurse: bool = True) -> dict[str, Any]:
-        """The parameters of a module as the optimizer has them, whatever is in their place at the moment."""
-        return {name: self._unsharded.parameter(param) for name, param in module.named_parameters(recurse=recurse)}
 
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
         raise NotImplementedError
@@ -307,6 +310,8 @@ class TappedModel(OpacusHooks):
             self._ops.leave()
             self._outermost = None
             record.expectations, record.batch_size_seen = kept
+            # Casts of weights that it made are older than the user's forward, and come too late in backward for FSDP.
+            torch.clear_autocast_cache()
 
     def _trial_of_some(self, module: nn.Module, inputs: Any, size: int, start: int, length: int) -> Any:
         """A trial on some of ``size`` samples."""
@@ -328,7 +333,7 @@ class TappedModel(OpacusHooks):
 
     def _next_way(self, layer: nn.Module, escaped: set[Any]) -> int:
         """The place in `_WAYS` of the way in which a layer is to be tapped; 0 if it is to stay as it is."""
-        if not escaped.intersection(self._named_parameters(layer, recurse=False).values()):
+        if not escaped.intersection(self._unsharded.named_parameters(layer, recurse=False).values()):
             return 0
         return 1 if isinstance(self._sampler(layer), Registered) else 2
 
@@ -359,10 +364,12 @@ class TappedModel(OpacusHooks):
         """
         if not self._tapping():
             return forward_output
+        layer = self._layers[module]
+        if self._ops.active and layer.sampler.covers_children:
+            self._ops.leave_covered((forward_input, forward_kwargs), forward_output)
         # What comes of parameters and constants alone is caught where it meets the data.
         if self._ops.active and any(map(self._ops.is_shared, tensors_in(forward_output))):
             return forward_output
-        layer = self._layers[module]
         axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
         inside = self.record is not None and (self._outermost is not None or self._recomputing())
         size = self.record.batch_size_seen if self.record is not None and inside else None
@@ -380,7 +387,7 @@ class TappedModel(OpacusHooks):
         params = [self._unsharded.parameter(leaf) for leaf in leaves_of(op.shared.values())]
         key = (op.function.__name__, sampler.name, *map(id, params))
         if key not in self._operations:
-            names = {param: name for name, param in self._named_parameters(self._module).items()}
+            names = {param: name for name, param in self._unsharded.named_parameters(self._module).items()}
             path, function = ", ".join(names[param] for param in params), op.function.__name__
             own = {names[param]: param for param in params}
             receive = partial(self._receive, key)

@@ -98,3 +98,22 @@ def frozen(module: nn.Module, *names: str) -> nn.Module:
 def tied(module: nn.Module, parent: str, name: str, source: str) -> nn.Module:
     module.get_submodule(parent).register_parameter(name, module.get_parameter(source))
     return module
+
+
+class Square(torch.autograd.Function):
+    """Hides what is done with a parameter from whoever watches operations."""
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor) -> Tensor:
+        return x * x * scale
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return gradient * 2 * x * scale, (gradient * x * x).reshape(-1, *scale.shape).sum(0)
+
+    generate_vmap_rule = True

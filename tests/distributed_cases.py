@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import PrivacyEngine
+from tests.case import Square
 
 C = 0.5
 
@@ -91,10 +92,26 @@ def ddp(model: nn.Module) -> nn.Module:
     return DPDDP(model)
 
 
-def fsdp(model: nn.Module) -> nn.Module:
+def fsdp(model: nn.Module, **options: Any) -> nn.Module:
     for module in (model.conv, model.head) if isinstance(model, Images) else model.blocks:
-        fully_shard(module)
+        fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def compiled_blocks(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
+        block.compile(backend="eager")
+    return fsdp(model)
+
+
+def several_in_one(model: nn.Module) -> nn.Module:
+    fully_shard(list(model.blocks))
     return fully_shard(model)
+
+
+def by_columns(param: nn.Parameter) -> Shard | None:
+    """The last axis, which has to be even."""
+    return Shard(param.dim() - 1) if param.shape[-1] % dist.get_world_size() == 0 else None
 
 
 def hsdp(model: nn.Module) -> nn.Module:
@@ -216,25 +233,6 @@ class Checkpointed(Tokens):
 def checkpointed() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     return Checkpointed(), torch.randint(7, (11, 5)), torch.randint(7, (11,))
-
-
-class Square(torch.autograd.Function):
-    """Hides what is done with a parameter from whoever watches operations."""
-
-    @staticmethod
-    def forward(x: Tensor, scale: Tensor) -> Tensor:
-        return x * x * scale
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, scale = ctx.saved_tensors
-        return gradient * 2 * x * scale, (gradient * x * x).reshape(-1, *scale.shape).sum(0)
-
-    generate_vmap_rule = True
 
 
 class OutOfSight(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.case import Apply, Case, classes, floats, tokens
+from tests.case import Apply, Case, Square, classes, floats, tokens
 from tests.cases import LAYERS, OfTimeFirst, ScaleByOwn
 
 
@@ -115,8 +115,8 @@ def attention_cases() -> list[Case]:
         "cross-kdim": lambda: attention(False, kdim=4, vdim=2),
     }
     return [
-        *(Case(f"attention-{name}", make, [x], functorch=False) for name, make in rows.items()),
-        *(Case(f"attention-{name}", make, [x, y], functorch=False) for name, make in other.items()),
+        *(Case(f"attention-{name}", make, [x]) for name, make in rows.items()),
+        *(Case(f"attention-{name}", make, [x, y]) for name, make in other.items()),
         Case(
             "attention-padded",
             lambda: Apply(
@@ -124,7 +124,6 @@ def attention_cases() -> list[Case]:
                 a=nn.MultiheadAttention(4, 2, batch_first=True),
             ),
             [x],
-            functorch=False,
         ),
         Case(
             "attention-time-first",
@@ -136,13 +135,11 @@ def attention_cases() -> list[Case]:
             "transformer-encoder",
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True), 2),
             [x],
-            functorch=False,
         ),
         Case(
             "transformer-decoder",
             lambda: nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 8, 0.0, batch_first=True), 1),
             [x, y],
-            functorch=False,
         ),
     ]
 
@@ -211,7 +208,7 @@ def conditional(m: Own, x: Tensor, y: Tensor) -> Tensor:
 
 
 OPERATIONS = [
-    Case("vit", vision_transformer, [floats(1, 4, 4)], tokens(3), classes, functorch=False),
+    Case("vit", vision_transformer, [floats(1, 4, 4)], tokens(3), classes),
     Case("vit-checkpointed", lambda: vision_transformer(True), [floats(1, 4, 4)], tokens(3), classes, functorch=False),
     Case("rms-norm-by-hand", lambda: HandWrittenRMSNorm(4), [floats(3, 4)]),
     Case("rms-norm-by-hand-1+", lambda: nn.Sequential(nn.Linear(4, 4), HandWrittenRMSNorm(4, True)), [floats(3, 4)]),
@@ -220,7 +217,6 @@ OPERATIONS = [
         "own-written",
         lambda: Own(written_token, {"p": (4,), "q": (2, 4)}, a=nn.Linear(4, 4)),
         [floats(3, 4)],
-        functorch=False,
     ),
     Case("own-where", lambda: Own(masked, {"p": (4,), "q": (3, 4)}, a=nn.Linear(4, 4)), [floats(3, 4)]),
     Case(
@@ -256,7 +252,6 @@ OPERATIONS = [
             },
         ),
         [floats(2, 4, 4)],
-        functorch=False,
     ),
     Case(
         "tokens-made-one-with-the-batch",
@@ -267,7 +262,6 @@ OPERATIONS = [
             b=nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2)),
         ),
         [floats(3, 3)],
-        functorch=False,
     ),
     Case(
         "frames-made-one-with-the-batch",
@@ -284,7 +278,6 @@ OPERATIONS = [
         "own-prompt",
         lambda: Own(prompt, {"p": (2, 4)}, project=nn.Linear(4, 4), head=nn.Linear(4, 2)),
         [floats(3, 4)],
-        functorch=False,
     ),
     Case("own-unused", lambda: Own(lambda m, x: m.a(x), {"p": (4,)}, a=nn.Linear(4, 4)), [floats(4)]),
     Case(
@@ -299,7 +292,6 @@ OPERATIONS = [
         tokens(4, 3),
         lambda reduction: OfTimeFirst(classes(reduction)),
         batch_first=False,
-        functorch=False,
     ),
     Case(
         "functional-head",
@@ -325,6 +317,27 @@ OPERATIONS = [
         lambda: Own(lambda m, x: torch.einsum("st,ntd->nsd", torch.arange(25.0).view(5, 5), x) * m.p, {"p": (4,)}),
         [floats(5, 4)],
     ),
+    Case(
+        "own-with-positions",
+        lambda: Own(
+            lambda m, x: m.tokens(x) * m.p + m.positions(torch.arange(x.shape[1])) + m.shift(m.q),
+            {"p": (4,), "q": (4,)},
+            tokens=nn.Embedding(7, 4),
+            positions=nn.Embedding(9, 4),
+            shift=nn.Linear(4, 4),
+        ),
+        [tokens(7, 3)],
+    ),
+    Case(
+        "out-of-sight-with-positions",
+        lambda: Own(
+            lambda m, x: Square.apply(m.tokens(x), m.p) + m.positions(torch.arange(x.shape[1])),
+            {"p": (4,)},
+            tokens=nn.Embedding(7, 4),
+            positions=nn.Embedding(9, 4),
+        ),
+        [tokens(7, 3)],
+    ),
     *(
         Case(
             f"position-ids-{name}",
@@ -332,7 +345,6 @@ OPERATIONS = [
                 function, tokens=nn.Embedding(7, 4), positions=nn.Embedding(9, 4), head=nn.Linear(4, 2)
             ),
             inputs,
-            functorch=False,
         )
         for name, function, inputs in (
             ("made", position_ids, [tokens(7, 3)]),
@@ -344,13 +356,11 @@ OPERATIONS = [
         "relative-positions",
         lambda: Apply(relative_positions, table=nn.Embedding(5, 2), q=nn.Linear(4, 4)),
         [floats(5, 4)],
-        functorch=False,
     ),
     Case(
         "network-of-positions",
         lambda: Apply(network_of_positions, a=nn.Linear(1, 4), head=nn.Linear(4, 2)),
         [floats(5, 4)],
-        functorch=False,
     ),
     *attention_cases(),
 ]

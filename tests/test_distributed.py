@@ -8,12 +8,15 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from opacus_fgc import sums
 from tests.distributed_cases import (
     C,
     both,
+    by_columns,
     checkpointed,
+    compiled_blocks,
     ddp,
     frozen,
     fsdp,
@@ -25,6 +28,7 @@ from tests.distributed_cases import (
     part,
     private,
     sequence_parallel,
+    several_in_one,
     stream,
     table,
     tensor_parallel,
@@ -106,6 +110,24 @@ def test_other_ways_to_a_norm(group, make, wrap, mode):
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
 def test_a_model_that_was_evaluated_before(group, mode):
     group(step, images, fsdp, mode, evaluate=True)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        fully_shard,
+        several_in_one,
+        compiled_blocks,
+        partial(fsdp, reshard_after_forward=False),
+        partial(fsdp, reshard_after_forward=2),
+        partial(fsdp, shard_placement_fn=by_columns),
+        partial(fsdp, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    ],
+)
+def test_options_of_fsdp(group, wrap, mode):
+    group(step, tokens, wrap, mode)
 
 
 @needs_fsdp

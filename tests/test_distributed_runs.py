@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from opacus_fgc import DPLossFastGradientClipping, DPOptimizerFastGradientClipping, PrivacyEngine
+from opacus_fgc import DPLossFastGradientClipping, DPOptimizerFastGradientClipping, GradScaler, PrivacyEngine
 from tests.distributed_cases import (
     C,
     both,
@@ -485,6 +485,45 @@ def test_when_a_rank_dies_the_others_stop(wrap):
     kinds = [kind for kind, _ in failed.value.errors]
     assert kinds.pop(1) == "Died"
     assert "Hung" not in kinds and "RuntimeError" in kinds
+
+
+def no_samples(wrap: Callable) -> None:
+    model, x, y = table()
+    model, _, criterion, _ = private(wrap(model), x, y)
+    criterion(model(x[:0]), y[:0]).backward()
+
+
+@pytest.mark.parametrize("wrap", ways(tensor_parallel, both))
+def test_an_empty_batch_under_tensor_parallel_is_refused(four, wrap):
+    with pytest.raises(Failed) as failed:
+        four(no_samples, wrap)
+    for kind, message in failed.value.errors:
+        assert kind == "NotImplementedError" and "this batch has no samples" in message
+
+
+def in_half(wrap: Callable, mode: str) -> None:
+    """Under autocast with a scaled loss, against one process."""
+    after = []
+    for layout in (lambda model: model, wrap):
+        model, x, y = tokens()
+        model, optimizer, criterion, _ = private(layout(model.float()), x, y, grad_sample_mode=mode)
+        scaler = GradScaler("cpu", init_scale=1024.0)
+        share = slice(model.layout.data_rank, None, model.layout.data_ranks)
+        with torch.autocast("cpu", torch.float16):
+            loss = criterion(model(x[share]), y[share])
+        scaler.scale(loss).backward()
+        optimizer.expected_batch_size = 1 / model.layout.data_ranks
+        scaler.step(optimizer)
+        scaler.update()
+        after.append(weights(model))
+    for name, param in after[0].items():
+        torch.testing.assert_close(after[1][name], param, rtol=1e-2, atol=1e-2, msg=partial("{}: {}".format, name))
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp))
+def test_scaled_losses_under_autocast(two, wrap, mode):
+    two(in_half, wrap, mode)
 
 
 def not_finite(wrap: Callable, mode: str) -> int:
