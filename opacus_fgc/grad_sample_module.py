@@ -402,7 +402,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         """
         assert self.record is not None
         rest = self.layout.of_any(self.record.unkept)
-        if rest and self.layout.least(self.record.samples is None) == 0:
+        if rest and not self.layout.on_all_ranks(self.record.samples is None):
             # In a second pass inf and NaN would go through all that coefficients can do.
             samples, self.record = self.record.samples, self.record.again()
             self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True))

@@ -87,7 +87,14 @@ def undisturbed(model: nn.Module, inputs: Any) -> Iterator[None]:
             module.training = training
 
 
-def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[int, int], list[Seen]]) -> bool:
+def check_independence(
+    name: str,
+    model: nn.Module,
+    inputs: Any,
+    run: Callable[[int, int], list[Seen]],
+    on_all_ranks: Callable[[bool], bool],
+    second_first: bool,
+) -> bool:
     """Runs two samples of a batch together and each by itself, and compares all that is seen on the way.
 
     A forward that draws random numbers is run in eval mode.
@@ -97,6 +104,9 @@ def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[
         model: the model.
         inputs: what it is called with.
         run: runs the forward on samples from one (first argument) on, so many (second).
+        on_all_ranks: whether something holds on all ranks that have to run as many forwards.
+        second_first: whether the second sample is run by itself before the first. Where that is so on some ranks only, samples
+            that are mixed with those of other ranks show as well.
 
     Returns:
         Whether it could be compared. It cannot if the forward draws random numbers in eval mode too, fails on a batch of one,
@@ -113,9 +123,10 @@ def check_independence(name: str, model: nn.Module, inputs: Any, run: Callable[[
 
     with undisturbed(model, inputs):
         try:
-            together = _repeatable(model, lambda: once(0, 2))
+            together = _repeatable(model, lambda: once(0, 2), on_all_ranks)
             if together:
-                runs = [together, once(0, 1), once(1, 1)]
+                alone = {start: once(start, 1) for start in ((1, 0) if second_first else (0, 1))}
+                runs = [together, alone[0], alone[1]]
         except OUT_OF_MEMORY:
             raise
         except Exception:
@@ -178,13 +189,13 @@ def _equal(first: Tensor | None, second: Tensor | None) -> bool:
     return first is not None and second is not None and torch.equal(first, second)
 
 
-def _repeatable(model: nn.Module, run: Callable[[], list[Seen]]) -> list[Seen]:
+def _repeatable(model: nn.Module, run: Callable[[], list[Seen]], on_all_ranks: Callable[[bool], bool]) -> list[Seen]:
     """What is seen without random numbers in it; nothing if there is no way to that."""
     for train in (True, False):
         if not train:
             model.eval()
         first, second = run(), run()
-        if len(first) == len(second) and all(map(_repeated, first, second)):
+        if on_all_ranks(len(first) == len(second) and all(map(_repeated, first, second))):
             return first
     return []
 
@@ -211,8 +222,8 @@ def _compared(name: str, together: Seen, first: Seen, second: Seen) -> bool:
     if not _close(both, torch.cat([first.rows, second.rows]), together.tolerance):
         raise NotImplementedError(
             f"{where or name} gives a sample another value in a batch than by itself, so it mixes samples (by a batch norm, or a "
-            "mean or a shift over the batch), or its rows are not in the order of the samples. Then no sample has a gradient of "
-            "its own"
+            "mean or a shift over the batch or over ranks), or its rows are not in the order of the samples. Then no sample has "
+            "a gradient of its own"
         )
     return True
 

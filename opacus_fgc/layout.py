@@ -179,6 +179,10 @@ class Layout:
         """The least of a number, likewise."""
         return -self.most([-number])[0]
 
+    def on_all_ranks(self, flag: bool) -> bool:
+        """Whether something holds on all ranks, likewise."""
+        return self.least(flag) == 1
+
     # Clipped sums
 
     def of_any(self, params: Sequence[Any]) -> list[Any]:

@@ -276,7 +276,10 @@ class TappedModel(OpacusHooks):
                     self._seen = None
                 return seen + [look_at("", output, axis, tapped=False) for output in outputs]
 
-            self._rows_known = check_independence(describe("", self._module), self._module, inputs, run)
+            name, second_first = describe("", self._module), self.layout.data_rank % 2 == 1
+            self._rows_known = check_independence(
+                name, self._module, inputs, run, self.layout.on_all_ranks, second_first
+            )
         record.rows_known = bool(self._rows_known)
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
@@ -294,7 +297,7 @@ class TappedModel(OpacusHooks):
                 outputs = [tensor for tensor in tensors_in(output) if not self._ops.is_shared(tensor)]
                 escaped = self._untapped(outputs, tensors_in(inputs))
             if not self._catch(escaped):
-                return bool(self.layout.least(works))
+                return self.layout.on_all_ranks(works)
 
     def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
         """A forward that is not the user's own, of which the record keeps nothing."""

@@ -487,6 +487,29 @@ def test_when_a_rank_dies_the_others_stop(wrap):
     assert "Hung" not in kinds and "RuntimeError" in kinds
 
 
+class WithOthers(nn.Module):
+    """Mixes a sample with one of each other rank, and with none of its own batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return x * total
+
+
+def mix() -> None:
+    torch.manual_seed(dist.get_rank())
+    model, x, y = nn.Sequential(nn.Linear(4, 3), WithOthers()), torch.randn(4, 4), torch.randint(3, (4,))
+    model, _, _, _ = private(ddp(model), x, y)
+    model(x)
+
+
+def test_samples_that_are_mixed_over_ranks_are_refused(two):
+    with pytest.raises(Failed) as failed:
+        two(mix)
+    for kind, message in failed.value.errors:
+        assert kind == "NotImplementedError" and "so it mixes samples" in message
+
+
 def no_samples(wrap: Callable) -> None:
     model, x, y = table()
     model, _, criterion, _ = private(wrap(model), x, y)
