@@ -123,9 +123,10 @@ def hsdp(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def part(batch: Tensor, rank: int, size: int) -> Tensor:
-    """Unequal parts: the first rank has but one sample, the last none at all where there are more than two."""
-    cuts = {1: [0, len(batch)], 2: [0, 1, len(batch)], 4: [0, 1, 5, len(batch), len(batch)]}[size]
+def part(batch: Tensor, rank: int, size: int, least: int = 0) -> Tensor:
+    """Unequal parts: the first rank has but one sample, the last the least where there are more than two."""
+    end = len(batch)
+    cuts = {1: [0, end], 2: [0, 1, end], 4: [0, 1, 5, end - least, end]}[size]
     return batch[cuts[rank] : cuts[rank + 1]]
 
 
@@ -170,6 +171,14 @@ def both(model: nn.Module) -> nn.Module:
     tensor_parallel(model, mesh["tensor"])
     fully_shard(model.block, mesh=mesh["data"])
     return fully_shard(model, mesh=mesh["data"])
+
+
+def three_axes(model: nn.Module) -> nn.Module:
+    """Copies of shards of parts."""
+    mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    tensor_parallel(model, mesh["tensor"])
+    fully_shard(model.block, mesh=mesh["replicate", "shard"])
+    return fully_shard(model, mesh=mesh["replicate", "shard"])
 
 
 def wide() -> tuple[nn.Module, Tensor, Tensor]:
