@@ -14,7 +14,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from opacus_fgc.layout import Layout
 from opacus_fgc.secure_random import CommonSecureGenerator, SecureGenerator
-from opacus_fgc.secure_sampling import SecurePoissonSampler, with_batches
+from opacus_fgc.secure_sampling import SecurePoissonSampler, poisson_sampling, with_batches
 
 
 class Part(list[int]):
@@ -89,14 +89,9 @@ def shared(loader: DataLoader, layout: Layout, generator: Any) -> DataLoader:
         layout: the layout of the model.
         generator: gives the same numbers on all ranks; see `common_generator`.
     """
-    drawn: Any = loader.batch_sampler
-    several = isinstance(drawn, DistributedUniformWithReplacementSampler)
-    whole = (SecurePoissonSampler if isinstance(drawn, SecurePoissonSampler) else UniformWithReplacementSampler)(
-        num_samples=drawn.total_size if several else drawn.num_samples,
-        sample_rate=drawn.sample_rate,
-        steps=len(drawn),
-        generator=generator,
-    )
+    drawn = loader.batch_sampler
+    sampler = SecurePoissonSampler if isinstance(drawn, SecurePoissonSampler) else UniformWithReplacementSampler
+    whole = sampler(**poisson_sampling(drawn), generator=generator)
     return with_batches(loader, PartSampler(whole, layout.data_rank, layout.data_ranks))
 
 

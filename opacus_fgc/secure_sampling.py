@@ -31,6 +31,16 @@ class SecureRandomSampler(RandomSampler):
         return iter(self.generator.permutation(len(self.data_source)).tolist())
 
 
+def poisson_sampling(sampler: Any) -> dict[str, Any]:
+    """What a sampler of Opacus draws the batches of all ranks by, as arguments for one of one process."""
+    several = isinstance(sampler, DistributedUniformWithReplacementSampler)
+    return {
+        "num_samples": sampler.total_size if several else sampler.num_samples,
+        "sample_rate": sampler.sample_rate,
+        "steps": len(sampler),
+    }
+
+
 def secured(loader: DataLoader, generator: SecureGenerator) -> DataLoader:
     """A loader like another, whose batches the secure generator draws.
 
@@ -66,20 +76,8 @@ def with_batches(loader: DataLoader, batch_sampler: Any) -> DataLoader:
 
 
 def _secured(batch_sampler: Any, generator: SecureGenerator) -> Sampler[list[int]]:
-    if type(batch_sampler) is UniformWithReplacementSampler:
-        return SecurePoissonSampler(
-            num_samples=batch_sampler.num_samples,
-            sample_rate=batch_sampler.sample_rate,
-            steps=batch_sampler.steps,
-            generator=generator,
-        )
-    if type(batch_sampler) is DistributedUniformWithReplacementSampler:
-        return SecurePoissonSampler(
-            num_samples=batch_sampler.total_size,
-            sample_rate=batch_sampler.sample_rate,
-            steps=len(batch_sampler),
-            generator=generator,
-        )
+    if type(batch_sampler) in (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler):
+        return SecurePoissonSampler(**poisson_sampling(batch_sampler), generator=generator)
     sampler = batch_sampler.sampler if type(batch_sampler) is BatchSampler else None
     if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
         shuffled = SecureRandomSampler(sampler.data_source, generator=generator)

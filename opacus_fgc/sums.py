@@ -30,6 +30,9 @@ def buckets(tensors: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[list[Key], 
 
     Args:
         tensors: pairs of anything and a tensor.
+
+    Yields:
+        The things, and their tensors, in a list that is emptied when the next one is asked for: these may be all of a model's.
     """
     keys: list[Key] = []
     bucket: list[Tensor] = []
@@ -37,13 +40,15 @@ def buckets(tensors: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[list[Key], 
     for key, tensor in tensors:
         if bucket and (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device):
             yield keys, bucket
-            keys, bucket, size = [], [], 0
+            bucket.clear()
+            keys, size = [], 0
         keys.append(key)
         bucket.append(tensor)
         size += tensor.numel()
         if size >= BUCKET:
             yield keys, bucket
-            keys, bucket, size = [], [], 0
+            bucket.clear()
+            keys, size = [], 0
     if bucket:
         yield keys, bucket
 

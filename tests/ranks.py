@@ -13,6 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -116,3 +117,12 @@ def ranks(size: int) -> Iterator[Ranks]:
         yield processes
     finally:
         processes.stop()
+
+
+@contextmanager
+def refused_on_all_ranks(kind: type[Exception], text: str) -> Iterator[None]:
+    """Checks that an error of this type, with this in its text, is raised on every rank."""
+    with pytest.raises(Failed) as failed:
+        yield
+    for error in failed.value.errors:
+        assert error is not None and error[0] == kind.__name__ and text in error[1]
