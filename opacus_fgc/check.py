@@ -18,6 +18,7 @@ import torch
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -193,6 +194,11 @@ def check(
     wrapper = model if isinstance(model, (AbstractGradSampleModule, GradSampleHooks)) else None
     inner = model if wrapper is None else wrapper._module
     inner = getattr(inner, "_orig_mod", inner)
+    if any(isinstance(param, DTensor) for param in inner.parameters()):
+        raise NotImplementedError(
+            "the model lies over several processes, and all is done on copies in one; check it before fully_shard and "
+            "parallelize_module"
+        )
     if max_grad_norm is None:
         max_grad_norm = getattr(wrapper, "max_grad_norm", None)
     subject = _Subject(

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from opacus_fgc import DPLossFastGradientClipping, DPOptimizerFastGradientClipping, GradScaler, PrivacyEngine
+from opacus_fgc import DPLossFastGradientClipping, DPOptimizerFastGradientClipping, GradScaler, PrivacyEngine, check
 from tests.distributed_cases import (
     C,
     both,
@@ -550,6 +550,18 @@ def not_finite(wrap: Callable, mode: str) -> int:
 @pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_samples_that_are_not_finite_are_dropped(two, wrap, mode):
     assert two(not_finite, wrap, mode) == [0, 1]
+
+
+def checked(wrap: Callable) -> str:
+    model, x, y = table()
+    return check(wrap(model), nn.CrossEntropyLoss(), x, y).raise_if_wrong()
+
+
+@pytest.mark.parametrize("wrap", ways(tensor_parallel, both))
+def test_a_model_that_is_cut_is_to_be_checked_before(four, wrap):
+    four(checked, ddp)
+    with refused_on_all_ranks(NotImplementedError, "check it before fully_shard and parallelize_module"):
+        four(checked, wrap)
 
 
 def hand_wired() -> None:
