@@ -8,7 +8,9 @@ one row a sample, so that autograd itself delivers the per-sample gradients; ope
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from opacus_fgc.attention import multi_head_attention
 from opacus_fgc.norm_samplers.functorch import norms_by_sample
 from opacus_fgc.norm_samplers.ops import BATCH_AXIS, REPEATED, Op, OpSampler, sampler_of
-from opacus_fgc.taps import tensors_in
+from opacus_fgc.taps import leaves_of, tensors_in
 
 # Operations are known by name, since each goes by several functions (torch.add, Tensor.add, Tensor.__radd__).
 _POINTWISE = frozenset(
@@ -47,6 +49,25 @@ TapOp = Callable[[Tensor, Op, OpSampler, tuple[Any, ...], dict[str, Any], int], 
 
 
 Observe = Callable[[str, Tensor, int], None]
+
+
+class Expansion:
+    """Whether what is expanded at one place in a model gets one row a sample, or so many for another reason, as for positions.
+
+    In one forward the two may be as many. They are not for two numbers of samples.
+    """
+
+    def __init__(self) -> None:
+        self.by_samples: bool | None = None
+        self._samples = 0
+
+    def see(self, rows: int, samples: int) -> None:
+        """Notes how many rows it got in a forward on so many samples."""
+        if rows != samples:
+            self.by_samples = False
+        elif self.by_samples is None and self._samples not in (0, samples):
+            self.by_samples = True
+        self._samples = samples
 
 
 class OpTaps(TorchFunctionMode):
@@ -82,19 +103,28 @@ class OpTaps(TorchFunctionMode):
         self._compiled = compiled
         self._stance: Any = None
         self._batch_sizes: list[int | None] = []
+        self._trying = False
+        self._expansions: dict[Any, Expansion] = {}
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it is not known of some rows whether they are samples, since there was but one number of samples yet."""
+        return any(expansion.by_samples is None for expansion in self._expansions.values())
 
     @property
     def active(self) -> bool:
         """Whether a forward runs of which operations are caught."""
         return bool(self._batch_sizes)
 
-    def enter(self, batch_size: int | None) -> None:
+    def enter(self, batch_size: int | None, trying: bool = False) -> None:
         """Begins a forward.
 
         Args:
             batch_size: number of samples, None if it is not known.
+            trying: whether it is of no consequence, so that what is not known yet may be guessed.
         """
         self._batch_sizes.append(batch_size)
+        self._trying = trying
         if self._compiled:
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
@@ -239,16 +269,32 @@ class OpTaps(TorchFunctionMode):
         if not isinstance(pattern, int):
             sizes = list(pattern.shape if isinstance(pattern, Tensor) else pattern)
         size, dims, axis = self._batch_sizes[-1], len(sizes), self._axis(len(sizes))
-        plain = size is None or size == 1 or dims <= axis or sizes[axis] != size
-        if plain or _size(tensor, axis - dims) not in (None, 1):
+        if size is None or dims <= axis or _size(tensor, axis - dims) not in (None, 1):
             return self._mark(func(*args, **kwargs))
-        assert size is not None
+        if not self._by_samples(tensor, sizes[axis], size):
+            return self._mark(func(*args, **kwargs))
         sizes[axis] = 1
         copies = func.__name__ in ("repeat", "tile")
         once = self._mark(tensor.repeat(*sizes) if copies else tensor.expand(*sizes))
         rows = self._expanded(once, size, dims, axis)
         # A copy may be written into.
         return rows.clone() if copies else rows
+
+    def _by_samples(self, tensor: Tensor, rows: int, samples: int) -> bool:
+        """Whether so many rows that something shared is expanded to are one a sample."""
+        params = [id(leaf) for leaf in leaves_of([tensor]) if leaf in self.params or leaf in self._others]
+        expansion = self._expansions.setdefault((*_place(), *params), Expansion())
+        if samples:
+            expansion.see(rows, samples)
+        if rows != samples or samples == 1:
+            return False
+        if expansion.by_samples is None and samples and not self._trying:
+            raise NotImplementedError(
+                f"a tensor of shape {tuple(tensor.shape)}, computed from parameters or constants, is expanded to {rows} rows, as "
+                "many as there are samples. Whether they are samples cannot be told, since the model runs on no other number of "
+                "them. Let it take batches of any size, or leave the expanding to broadcasting"
+            )
+        return expansion.by_samples is not False
 
     def _general(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
@@ -276,6 +322,14 @@ class OpTaps(TorchFunctionMode):
         finally:
             self._batch_sizes.pop()
             self._batch_first = batch_first
+
+
+def _place() -> tuple[Any, ...]:
+    """The place in the model's code from which an operation was called."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", __package__):
+        frame = frame.f_back
+    return () if frame is None else (frame.f_code, frame.f_lasti)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

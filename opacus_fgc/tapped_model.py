@@ -265,6 +265,8 @@ class TappedModel(OpacusHooks):
                 self._has_caught_all(module, inputs, size)
             if most or size is None:
                 self._verified.add(module)
+            if size is not None and least > 1 and not self.layout.on_all_ranks(not self._ops.undecided):
+                self._try_one(module, inputs, size)
         if self._rows_known is None and module is self._module and size is not None and least > 1:
 
             def run(start: int, length: int) -> list[Seen]:
@@ -281,6 +283,16 @@ class TappedModel(OpacusHooks):
                 name, self._module, inputs, run, self.layout.on_all_ranks, second_first
             )
         record.rows_known = bool(self._rows_known)
+
+    def _try_one(self, module: nn.Module, inputs: Any, size: int) -> None:
+        """Runs one sample of so many by itself, if the model can do that."""
+        with undisturbed(self._module, inputs):
+            try:
+                self._trial_of_some(module, inputs, size, 0, 1)
+            except OUT_OF_MEMORY:
+                raise
+            except Exception:
+                return
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
         """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""
@@ -304,7 +316,7 @@ class TappedModel(OpacusHooks):
         record = self._open_record()
         kept, record.batch_size_seen = (record.expectations, record.batch_size_seen), size
         self._outermost = _TRIAL
-        self._ops.enter(size)
+        self._ops.enter(size, trying=True)
         args, kwargs = inputs
         try:
             # With all hooks, and not as it is compiled.

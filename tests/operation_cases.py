@@ -318,6 +318,37 @@ OPERATIONS = [
         [floats(5, 4)],
     ),
     Case(
+        "own-expanded-over-as-many-positions-as-samples",
+        lambda: Own(lambda m, x: m.a(x) + m.p.expand(x.shape[1], -1), {"p": (1, 4)}, a=nn.Linear(4, 4)),
+        [floats(5, 4)],
+    ),
+    Case(
+        "own-repeated-over-as-many-positions-as-samples",
+        lambda: Own(lambda m, x: m.a(x) * m.p.repeat(x.shape[1], 1), {"p": (1, 4)}, a=nn.Linear(4, 4)),
+        [floats(5, 4)],
+    ),
+    Case(
+        "own-expanded-over-as-many-heads-as-samples",
+        lambda: Own(lambda m, x: m.a(x) @ x.mT * m.p.expand(5, 1, 1), {"p": (1, 1, 1)}, a=nn.Linear(4, 4)),
+        [floats(5, 3, 4)],
+    ),
+    Case(
+        "own-expanded-over-samples-and-positions",
+        lambda: Own(
+            lambda m, x: torch.cat([m.p.expand(x.shape[0], -1, -1), m.a(x) + m.p[0].expand(x.shape[1], -1)], 1),
+            {"p": (1, 1, 4)},
+            a=nn.Linear(4, 4),
+        ),
+        [floats(5, 4)],
+    ),
+    Case(
+        "own-with-an-expanded-constant",
+        lambda: Own(
+            lambda m, x: m.a(x) * (m.p * torch.arange(1.0, 5.0).expand(x.shape[1], -1)), {"p": (4,)}, a=nn.Linear(4, 4)
+        ),
+        [floats(5, 4)],
+    ),
+    Case(
         "own-with-positions",
         lambda: Own(
             lambda m, x: m.tokens(x) * m.p + m.positions(torch.arange(x.shape[1])) + m.shift(m.q),

@@ -16,6 +16,7 @@ from opacus_fgc.per_sample import Dense
 from opacus_fgc.privacy_engine import MODES
 from tests.case import Apply
 from tests.cases import ScaleByOwn
+from tests.operation_cases import Own
 from tests.test_loss import wrapped
 
 N = 4
@@ -160,6 +161,16 @@ CASES = {
         [torch.ones(N, 3)],
         NotImplementedError,
         r"layer 'a' \(Joining\)",
+    ),
+    "expanded-in-a-model-of-one-batch-size": (
+        lambda: Own(
+            lambda m, x: torch.cat([m.p.expand(N, -1, -1), m.a(x.view(N, 2, 3))], 1),
+            {"p": (1, 1, 3)},
+            a=nn.Linear(3, 3),
+        ),
+        [torch.ones(N, 2, 3)],
+        NotImplementedError,
+        "Whether they are samples cannot be told",
     ),
     "reentrant-checkpointing": (
         lambda: Apply(
