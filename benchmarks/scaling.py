@@ -156,8 +156,8 @@ def _collectives(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> Iter
         yield from _tensor_parallel(every, mesh, way, batch)
     for axis in mesh.sizes.values():
         if private and axis > 1:
-            # Four numbers that all ranks have to go by.
-            yield Sent(all_gather(4 * 8, axis))
+            # Five numbers that all ranks have to go by.
+            yield Sent(all_gather(5 * 8, axis))
             if mesh.shard > 1 or mesh.tensor > 1:
                 # Of which parameters to run a second pass; in it, of dropped samples.
                 yield Sent(all_reduce(8 * len(params), axis))
@@ -203,7 +203,8 @@ def _tensor_parallel(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> 
     params = sum(len(layer.params) for layer in every)
     yield Sent(all_gather(ELEMENT * batch.samples * params, mesh.tensor))  # norms
     yield Sent(all_gather(ELEMENT * batch.samples, mesh.tensor))  # losses
-    yield Sent(all_gather(8, mesh.tensor))  # their number
+    yield Sent(all_gather(3 * 8, mesh.tensor))  # their number, and what the model was called on
+    yield Sent(all_gather(2 * 8 * params, mesh.tensor))  # what each layer was called on
     copied = [size / mesh.shard for layer in every for size in layer.copied]
     calls = _buckets(copied)
     yield Sent(reduce_scatter(ELEMENT * sum(copied), mesh.tensor) / calls, calls)  # noise, in parts

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from opacus.data_loader import DPDataLoader
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -35,9 +36,6 @@ class Part(list[int]):
     def __len__(self) -> int:
         return self._longest
 
-    def __reduce__(self) -> Any:
-        return Part, (list(iter(self)), self._longest)
-
 
 class PartSampler(DistributedUniformWithReplacementSampler):
     """Poisson sampling over the samples of all ranks, of which each rank has its own.
@@ -51,6 +49,9 @@ class PartSampler(DistributedUniformWithReplacementSampler):
         whole: draws the whole batch; its generator has to give the same on all ranks.
         rank: this rank, of those that have different samples.
         ranks: how many of them there are.
+
+    Attributes:
+        drawn: how many batches were drawn.
     """
 
     def __init__(self, whole: UniformWithReplacementSampler, rank: int, ranks: int) -> None:
@@ -58,14 +59,37 @@ class PartSampler(DistributedUniformWithReplacementSampler):
             total_size=whole.num_samples, sample_rate=whole.sample_rate, steps=whole.steps, generator=whole.generator
         )
         self.whole = whole
+        self.drawn = 0
         self.rank, self.num_replicas = rank, ranks
         self.num_samples = len(range(rank, whole.num_samples, ranks))
 
     def __iter__(self) -> Iterator[Part]:
         for batch in self.whole:
+            self.drawn += 1
             sizes = Counter(index % self.num_replicas for index in batch)
             own = [index for index in batch if index % self.num_replicas == self.rank]
             yield Part(own, max(sizes.values(), default=0))
+
+
+class _Lists:
+    """Parts as plain lists, whose lengths are those of what is in them."""
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return ([*iter(part)] for part in self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class PartLoader(DPDataLoader):
+    """A loader with a `PartSampler`, whose data set gets plain lists: some fetch a whole batch, and ask for its length."""
+
+    @property
+    def _index_sampler(self) -> Any:
+        return _Lists(self.batch_sampler)
 
 
 def common_generator(layout: Layout, generator: Any) -> Any:
@@ -92,7 +116,9 @@ def shared(loader: DataLoader, layout: Layout, generator: Any) -> DataLoader:
     drawn = loader.batch_sampler
     sampler = SecurePoissonSampler if isinstance(drawn, SecurePoissonSampler) else UniformWithReplacementSampler
     whole = sampler(**poisson_sampling(drawn), generator=generator)
-    return with_batches(loader, PartSampler(whole, layout.data_rank, layout.data_ranks))
+    result: Any = object.__new__(PartLoader)
+    vars(result).update(vars(with_batches(loader, PartSampler(whole, layout.data_rank, layout.data_ranks))))
+    return result
 
 
 def check_parts(loader: DataLoader, layout: Layout) -> None:

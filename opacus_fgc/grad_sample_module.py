@@ -159,6 +159,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             with full_precision(uses[0].backprops[0].device):
                 seen = view(module, uses, {name: self._unsharded.of(param) for name, param in layer.params.items()})
                 uses = seen.uses
+                self._mark(layer, uses)
                 measured = self.record.receive(self._forms(seen, layer), uses)
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{layer.name}: {error}") from error
@@ -167,6 +168,14 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         if self.record.looking and not all(_is_finite(use.call.activations) for use in uses):
             self.record.first_not_finite = layer.name
         self._plan.measured(layer, uses, measured)
+
+    def _mark(self, layer: Tapped, uses: Sequence[Use]) -> None:
+        """Notes what a layer was called on, for `Layout.whole_norms`."""
+        assert self.record is not None
+        mark = self.layout.mark(layer.params.values(), [use.call.activations for use in uses])
+        if mark is not None:
+            for param in layer.params.values():
+                self.record.marks[param] = self.record.marks.get(param, 0) + mark
 
     def _forms(self, seen: View, layer: Tapped) -> Forms:
         assert self.record is not None
@@ -210,8 +219,15 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         """
         if self.record is not None:
             for module, uses in self.record.unfinished():
+                if self.layout.reshards:
+                    self.record = None
+                    raise NotImplementedError(
+                        f"{self._tapped(module).name} was called more often than the loss depends on it, and under FSDP its "
+                        "parameters are gone when that is known. Run forwards that are not part of the loss under "
+                        "torch.no_grad(), and call backward() for each forward before the next"
+                    )
                 self._measure(module, uses)
-            norms = self.layout.whole_norms(self.record.norms(self.trainable_parameters))
+            norms = self.layout.whole_norms(self.record.norms(self.trainable_parameters), self.record.marks)
             for param, norm in norms.items():
                 param._norm_sample = norm
         if any(getattr(param, "_norm_sample", None) is None for param in self.trainable_parameters):
@@ -256,8 +272,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 parameter past its layer.
         """
         self._check_trainable(loss_per_sample)
-        self.layout.check_samples(loss_per_sample)
         record = self._open_record()
+        self.layout.check_samples(loss_per_sample, record.inputs)
         record.step, record.loss_scale = object(), loss_scale
         norms = self._pass_to_taps(record, loss_per_sample, keep)
         if norms.shape != loss_per_sample.shape:

@@ -60,11 +60,19 @@ def look_at(where: str, value: Tensor, axis: int, tapped: bool = True) -> Seen:
 
 
 def some_samples(inputs: Any, batch_size: int, start: int, length: int, axis: int) -> Any:
-    """Some of the samples of a batch, in any nesting; what has no axis of ``batch_size`` is left as it is."""
+    """Some of the samples of a batch, in any nesting; what has no axis of ``batch_size`` is left as it is.
+
+    Where the batch has not as many, they are taken again, or are zeros where it has none.
+    """
 
     def narrow(tensor: Tensor) -> Tensor:
-        counts = tensor.dim() > axis and tensor.shape[axis] == batch_size
-        return tensor.narrow(axis, start, length) if counts else tensor
+        if tensor.dim() <= axis or tensor.shape[axis] != batch_size:
+            return tensor
+        if start + length <= batch_size:
+            return tensor.narrow(axis, start, length)
+        if batch_size:
+            return tensor.index_select(axis, torch.arange(start, start + length, device=tensor.device) % batch_size)
+        return tensor.new_zeros(*tensor.shape[:axis], length, *tensor.shape[axis + 1 :])
 
     return tree_map_only(Tensor, narrow, inputs)
 

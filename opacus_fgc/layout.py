@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
+from torch.distributed._composable.contract import _get_registry
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opacus_fgc.axes import Axis, cut_rows, groups, is_cut, like, local
 from opacus_fgc.checks import describe
 from opacus_fgc.sums import AddNoise, NoisySum, ScatteredSum, buckets, one_ahead
+from opacus_fgc.taps import tensors_in
 
 
 class Layout:
@@ -44,21 +46,25 @@ class Layout:
 
     def __init__(self, model: nn.Module) -> None:
         self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        for module in self._fsdp:
-            # A forward without a backward, as of an evaluation, leaves the outermost one's parameters whole.
-            module.reshard()
+        self._reshard()
         self._names = {param: name for name, param in trainable_parameters(model)}
         self._params = list(self._names)
         _refuse_other_wrappers(model)
         data = self._data_groups(model)
-        # A mesh that FSDP and tensor parallel share has FSDP's axes first.
-        others = [group for param in self._params for group in groups(param)[len(data) :]]
+        # A mesh that FSDP and tensor parallel share has FSDP's axes first. Maybe only frozen parameters are cut.
+        every = [groups(param) for param in model.parameters()]
+        others = [group for of_param in every for group in of_param[len(data) :]]
         self.axes = (*(Axis(group, data=True) for group in data), *(Axis(group, data=False) for group in others[:1]))
         several = len({tuple(dist.get_process_group_ranks(group)) for group in others}) > 1
-        if several or any(len(groups(param)) > len(data) + 1 for param in self._params):
+        if several or any(len(of_param) > len(data) + 1 for of_param in every):
             raise NotImplementedError(
                 "tensor parallel over several meshes, or over one with several axes; use one mesh with one axis for it"
             )
+
+    def _reshard(self) -> None:
+        """Gives up what FSDP leaves whole of the outermost module after a forward without a backward, as of an evaluation."""
+        for module in self._fsdp:
+            module.reshard()
 
     @property
     def _device(self) -> torch.device:
@@ -113,9 +119,30 @@ class Layout:
         """Whether ranks have to run as many forwards as each other."""
         return bool(self._fsdp) or any(not axis.data for axis in self.axes)
 
+    @property
+    def reshards(self) -> bool:
+        """Whether layers have their parameters only while they run, forward or backward."""
+        return bool(self._fsdp)
+
     # Norms
 
-    def whole_norms(self, norms: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    def mark(self, params: Collection[Any], activations: Any) -> Tensor | None:
+        """Two numbers that are the same on ranks which call copies of a layer on the same; None if the layer has no copies.
+
+        Args:
+            params: the layer's.
+            activations: what this rank has of those, any nesting of tensors.
+        """
+        places = [place for place, axis in enumerate(self.axes) if not axis.data]
+        if not places or any(is_cut(param, place) for param in params for place in places):
+            return None
+        total = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for tensor in tensors_in(activations):
+            flat = tensor.detach().flatten()
+            total += torch.stack([flat.sum(dtype=torch.float64), (flat != 0).sum(dtype=torch.float64)])
+        return total
+
+    def whole_norms(self, norms: Mapping[Any, Tensor], marks: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
         """The norms of whole parameters' gradients, from those of what this rank has of them.
 
         Squares add up along axes that have the same samples and cut the parameter. Where they copy it, the first rank's norm
@@ -123,42 +150,76 @@ class Layout:
 
         Args:
             norms: by parameter, shape ``(N,)`` each.
+            marks: by parameter, the `mark` of its layer; nothing where there is none.
 
         Raises:
-            ValueError: if the norms of a copied parameter's gradients differ between the copies.
+            ValueError: if a copied parameter is used on other activations than its copies, or has gradients of other norms.
         """
         result = dict(norms)
         for place, axis in enumerate(self.axes):
             if axis.data:
                 continue
             every = axis.gathered(torch.stack([result[param] for param in self._params]))
-            for param, norms_of_param in zip(self._params, every.unbind(1), strict=True):
+            nothing = torch.zeros(2, dtype=torch.float64, device=self._device)
+            every_mark = axis.gathered(torch.stack([marks.get(param, nothing) for param in self._params]))
+            for param, norms_of_param, mark in zip(self._params, every.unbind(1), every_mark.unbind(1), strict=True):
                 if is_cut(param, place):
                     result[param] = torch.linalg.vector_norm(norms_of_param, dim=0)
                     continue
                 result[param] = norms_of_param[0]
-                if not torch.allclose(norms_of_param, result[param].expand_as(norms_of_param), 1e-2, equal_nan=True):
+                same_norms = torch.allclose(
+                    norms_of_param, result[param].expand_as(norms_of_param), 1e-2, equal_nan=True
+                )
+                if not (same_norms and torch.allclose(mark, mark[:1].expand_as(mark), 1e-3, equal_nan=True)):
                     raise ValueError(
-                        f"{self._names[param]} has gradients of other norms on other ranks of its tensor-parallel group, though "
-                        "it is copied: each rank seems to use it on a part of a sample (by sequence parallel). Put its layer "
-                        "into the plan for parallelize_module, so that its inputs are distributed tensors"
+                        f"{self._names[param]} has gradients of other norms, or of other activations, on other ranks of its "
+                        "tensor-parallel group, though it is copied: each rank seems to use it on a part of a sample (by "
+                        "sequence parallel). Put its layer into the plan for parallelize_module, so that its inputs are "
+                        "distributed tensors"
                     )
         return result
 
-    def check_samples(self, losses: Tensor) -> None:
+    def fingerprint(self, inputs: Any) -> Tensor | None:
+        """Two numbers that tell what a model is called on from anything else; None where no ranks work on the same samples.
+
+        Args:
+            inputs: any nesting of tensors.
+        """
+        if all(axis.data for axis in self.axes):
+            return None
+        return _fingerprint([tensor for tensor in tensors_in(inputs) if not isinstance(tensor, DTensor)], self._device)
+
+    def check_copies(self) -> None:
+        """Raises a ValueError unless ranks of a tensor-parallel group have the same parameters where they have copies."""
+        for place, axis in enumerate(self.axes):
+            copied = [] if axis.data else [param for param in self._params if not is_cut(param, place)]
+            if copied:
+                prints = axis.gathered(torch.stack([_fingerprint([local(param)], self._device) for param in copied]))
+                for param, of_param in zip(copied, prints.unbind(1), strict=True):
+                    if not _all_alike(of_param):
+                        raise ValueError(
+                            f"{self._names[param]} is copied, and has other values on other ranks of its tensor-parallel group. "
+                            "Make the model with the same random numbers on all of them (torch.manual_seed)"
+                        )
+
+    def check_samples(self, losses: Tensor, inputs: Tensor | None) -> None:
         """Raises a ValueError unless ranks that work on the same samples have the same ones.
 
         Args:
             losses: one loss a sample, shape ``(N,)``.
+            inputs: the `fingerprint` of what the model was called on.
         """
         for axis in self.axes:
             if axis.data:
                 continue
-            sizes = axis.gathered(torch.tensor([len(losses)], device=losses.device))
-            same = bool((sizes == len(losses)).all())
+            own = torch.tensor([len(losses)], dtype=torch.float64, device=losses.device)
+            same = _all_alike(axis.gathered(own if inputs is None else torch.cat([own, inputs.to(own)])))
             if same:
                 every = axis.gathered(losses.detach())
-                same = torch.allclose(every, every[:1].expand_as(every), rtol=1e-2, atol=1e-3, equal_nan=True)
+                # They come of the same sums. In half precision nothing smaller than its step shows.
+                eps = torch.finfo(every.dtype).eps
+                tolerance = eps if eps > 1e-4 else 100 * eps
+                same = torch.allclose(every, every[:1].expand_as(every), rtol=tolerance, atol=tolerance, equal_nan=True)
             if not same:
                 raise ValueError(
                     "ranks of one tensor-parallel group have different losses, so that their parts of a gradient would be of "
@@ -286,6 +347,7 @@ class Layout:
         Yields:
             A parameter, and its gradient.
         """
+        self._reshard()  # or the next forward would run on what is whole of before this step
         copied: dict[tuple[Axis, ...], list[tuple[Any, Tensor]]] = {}
         for param in params:
             summed = local(param.summed_grad)
@@ -359,6 +421,20 @@ class Layout:
         return bytes(value.tolist())
 
 
+def _fingerprint(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for place, tensor in enumerate(tensors, start=1):
+        flat = tensor.detach().flatten().to(device, torch.float64).nan_to_num()
+        ramp = torch.linspace(0.5, 1.5, len(flat), dtype=torch.float64, device=device)
+        total += place * torch.stack([flat.sum(), flat @ ramp])
+    return total
+
+
+def _all_alike(values: Tensor) -> bool:
+    """Whether all ranks have the same, but for rounding."""
+    return torch.allclose(values, values[:1].expand_as(values), rtol=1e-9, atol=1e-9)
+
+
 def _param_groups(module: FSDPModule) -> list[Any]:
     # What FSDP2 has no public way to: its mesh, and by what it divides gradients.
     state: Any = module._get_fsdp_state()
@@ -368,9 +444,11 @@ def _param_groups(module: FSDPModule) -> list[Any]:
 
 def _refuse_other_wrappers(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, nn.DataParallel)):
+        replicated = "replicate" in (_get_registry(module) or {})
+        if replicated or isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, nn.DataParallel)):
+            name = "replicate" if replicated else type(module).__name__
             raise NotImplementedError(
-                f"{type(module).__name__} reduces gradients before they are clipped and summed. Take the model out of it "
-                "(model.module) and wrap that in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
+                f"{name} reduces gradients before they are clipped and summed. Take the model out of it (model.module) and wrap "
+                "that in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
                 "torch.distributed.fsdp.fully_shard on it"
             )

@@ -307,8 +307,13 @@ class OpTaps(TorchFunctionMode):
             return output
         sampler = sampler_of(func, args, kwargs, {id(leaf) for leaf in shared.values()})
         norms = norms_by_sample([output], axis) if sampler is REPEATED else None
+        constants = [
+            place
+            for place, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and place not in shared and self.is_shared(leaf)
+        ]
         args, kwargs = tree_unflatten([None if place in shared else leaf for place, leaf in enumerate(leaves)], spec)
-        return self._tap_op(output, Op(func, shared, norms), sampler, args, kwargs, axis)
+        return self._tap_op(output, Op(func, shared, norms, constants), sampler, args, kwargs, axis)
 
     def _attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         query = args[0]

@@ -77,6 +77,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         self.clipping = FlatClipping(max_grad_norm) if clipping is None else clipping
         self.clipping.gradient_noise_multiplier(noise_multiplier)  # refuses what it cannot serve
         self.module: GradSampleHooksFastGradientClipping | None = None
+        self.sampler: Any = None  # what draws the batches of several ranks
         self.generator: torch.Generator | SecureGenerator | None
         super().__init__(
             optimizer,
@@ -180,6 +181,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
                 "max_grad_norm": self.max_grad_norm,
                 "noise_multiplier": self.noise_multiplier,
                 "parameters to train": len(self.params),
+                "the number of the batch": getattr(self.sampler, "drawn", 0),
             }
         )
         for param in self.params:

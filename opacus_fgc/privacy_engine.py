@@ -120,8 +120,16 @@ class PrivacyEngine(OpacusPrivacyEngine):
         criterion.module.nonfinite = nonfinite
         layout = criterion.module.layout
         if layout.axes:
+            layout.check_copies()
             poisson = kwargs.get("poisson_sampling", True)
             data_loader = self._distributed(layout, optimizer, data_loader, poisson)
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"each of the {dist.get_world_size()} processes trains a model of its own, with batches and a budget of its own. "
+                "For one model of all wrap it in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
+                "fully_shard on it, before make_private",
+                stacklevel=2,
+            )
         return module, optimizer, criterion, data_loader
 
     def _distributed(
@@ -141,14 +149,16 @@ class PrivacyEngine(OpacusPrivacyEngine):
         generator = common_generator(layout, self.secure_rng if self.secure_mode else data_loader.generator)
         if isinstance(generator, torch.Generator):
             self._batches.append(generator)
-        return shared(data_loader, layout, generator)
+        loader = shared(data_loader, layout, generator)
+        optimizer.sampler = loader.batch_sampler
+        return loader
 
     def save_checkpoint(self, *, path: Any, module: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Saves model, optimizer and budget; see `opacus.PrivacyEngine.save_checkpoint`.
 
         A file is replaced as a whole, so that a run that is killed while it saves leaves the checkpoint before. With several
-        ranks each has to call this; the first one writes, and what it writes is what one process would: another number of ranks
-        can go on from it.
+        ranks the first one writes, and what it writes is what one process would: another number of ranks can go on from it.
+        Under FSDP and tensor parallel each rank has to call this.
 
         Args:
             path: a path, or a file that is open for writing.
@@ -156,14 +166,18 @@ class PrivacyEngine(OpacusPrivacyEngine):
             optimizer: the private optimizer.
             **kwargs: the other arguments of Opacus' method.
         """
-        if not _is_distributed(module, optimizer):
+        layout = _layout(module, optimizer)
+        cut = layout is not None and layout.forward_communicates
+        if cut:
+            state = WholeState(module).state_dict(**(kwargs.pop("module_state_dict_kwargs", None) or {}))
+            module = SimpleNamespace(state_dict=lambda: state)
+            if optimizer is not None:
+                optimizer_state = WholeState(optimizer).state_dict()
+                optimizer = SimpleNamespace(state_dict=lambda: optimizer_state)
+        if layout is None or dist.get_rank() == 0:
             self._write_checkpoint(path, module=module, optimizer=optimizer, **kwargs)
-            return
-        states = [None if owner is None else WholeState(owner).state_dict() for owner in (module, optimizer)]
-        if dist.get_rank() == 0:
-            module, optimizer = (state and SimpleNamespace(state_dict=lambda state=state: state) for state in states)
-            self._write_checkpoint(path, module=module, optimizer=optimizer, **kwargs)
-        dist.barrier()
+        if cut:
+            dist.barrier()
 
     def _write_checkpoint(self, path: Any, **kwargs: Any) -> None:
         if not isinstance(path, (str, os.PathLike)):
@@ -190,7 +204,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         Returns:
             The checkpoint.
         """
-        distributed = _is_distributed(module, optimizer)
+        distributed = _layout(module, optimizer) is not None
         checkpoint = super().load_checkpoint(
             module=WholeState(module) if distributed else module,
             optimizer=WholeState(optimizer) if distributed and optimizer is not None else optimizer,
@@ -290,9 +304,10 @@ class PrivacyEngine(OpacusPrivacyEngine):
         )
 
 
-def _is_distributed(module: Any, optimizer: Any) -> bool:
-    owner = getattr(optimizer, "module", None) or module
-    return bool(getattr(owner, "layout", None) and owner.layout.axes)
+def _layout(module: Any, optimizer: Any) -> Layout | None:
+    """How a private model lies over several processes; None in one."""
+    layout = getattr(getattr(optimizer, "module", None) or module, "layout", None)
+    return layout if layout is not None and layout.axes else None
 
 
 def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwargs: Any) -> dict[str, Any]:

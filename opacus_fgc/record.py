@@ -29,6 +29,8 @@ class Record:
         budget: what may be kept for `weighted_sum`.
         batch_size: number of samples, None before the first backprop.
         batch_size_seen: number of samples that the model was called on, None where it does not show.
+        inputs: what `Layout.fingerprint` gave for what the model was called on, added up over its calls.
+        marks: by parameter, numbers that tell what its layer was called on, likewise.
         rows_known: whether all layers are known to have their rows in the order of the samples.
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
@@ -44,6 +46,8 @@ class Record:
         self.budget = Budget()
         self.batch_size: int | None = None
         self.batch_size_seen: int | None = None
+        self.inputs: Tensor | None = None
+        self.marks: dict[Any, Tensor] = {}
         self.rows_known = False
         self.interleave = Interleave()
         self.unkept: list[Any] = []

@@ -126,8 +126,9 @@ def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
     cuts = {name: cut for name, param in params.items() if (cut := _cut_of(param)) is not None}
     if not isinstance(layer, nn.Module):
         raise NotImplementedError(
-            "an operation on distributed tensors, whose shards of per-sample gradients are not known; leave its module out of "
-            "the plan for parallelize_module, so that it works on whole tensors"
+            "an operation on distributed tensors, whose shards of per-sample gradients are not known. Let its module work on "
+            "whole tensors: leave it out of the plan for parallelize_module, and parts of sequences too; or take a layer of "
+            "torch that does the same (nn.LayerNorm, nn.RMSNorm)"
         )
     inputs, outputs = _cuts_of_data(layer, cuts, params)
     change: dict[str, Any] = {

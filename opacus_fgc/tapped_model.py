@@ -228,6 +228,8 @@ class TappedModel(OpacusHooks):
         if not self._recomputing():
             record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
             self._verify(record, module, (args, kwargs))
+            inputs = self.layout.fingerprint((args, kwargs))
+            record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
         self._outermost = module
         if self._buffers_before.changed(self._module):
             self._buffers_before = Buffers(self._module)
@@ -246,7 +248,7 @@ class TappedModel(OpacusHooks):
         changed = self._buffers_before.changed(self._module) - self._harmless
         if changed:
             size = (self.record.batch_size_seen if self.record is not None else None) or 0
-            run = partial(self._trial_of_some, module, inputs, size) if self.layout.least(size) > 1 else None
+            run = partial(self._trial_of_some, module, inputs, size) if self.layout.most([size])[0] > 1 else None
             refuse_data_in_buffers(describe("", self._module), self._module, inputs, self._buffers_before, changed, run)
             self._harmless |= changed
 
@@ -256,18 +258,18 @@ class TappedModel(OpacusHooks):
         if module in self._verified and (self._rows_known is not None or module is not self._module):
             return
         size, axis = record.batch_size_seen, 0 if self.batch_first else 1
-        # All ranks are to run the same forwards.
-        least, most = self.layout.least(size or 0), self.layout.most([size or 0])[0]
+        # All ranks are to run the same forwards, also those that have fewer samples than it takes.
+        most = self.layout.most([size or 0])[0]
         if module not in self._verified:
-            some = inputs if size is None or least < 3 else some_samples(inputs, size, 0, 2, axis)
+            some = some_samples(inputs, size, 0, 2, axis) if size is not None and most else inputs
             # A model that has its batch size written into it takes but the whole batch.
             if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
                 self._has_caught_all(module, inputs, size)
             if most or size is None:
                 self._verified.add(module)
-            if size is not None and least > 1 and not self.layout.on_all_ranks(not self._ops.undecided):
-                self._try_one(module, inputs, size)
-        if self._rows_known is None and module is self._module and size is not None and least > 1:
+            if some is not inputs and not self.layout.on_all_ranks(not self._ops.undecided):
+                self._try_one(module, inputs, size or 0)
+        if self._rows_known is None and module is self._module and size is not None and most > 1:
 
             def run(start: int, length: int) -> list[Seen]:
                 seen: list[Seen] = []

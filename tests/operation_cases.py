@@ -234,6 +234,11 @@ OPERATIONS = [
         "own-einsum", lambda: Own(lambda m, x: torch.einsum("ntd,dhk->nhtk", x, m.p), {"p": (4, 2, 3)}), [floats(3, 4)]
     ),
     Case(
+        "own-einsum-with-a-constant-of-as-many-rows-as-samples",
+        lambda: Own(lambda m, x: torch.einsum("nd,dk,k->nk", x, m.p, torch.arange(5.0)), {"p": (4, 5)}),
+        [floats(4)],
+    ),
+    Case(
         "own-mixed-positions", lambda: Own(lambda m, x: m.p @ m.a(x), {"p": (3, 3)}, a=nn.Linear(4, 2)), [floats(3, 4)]
     ),
     Case("own-addmm", lambda: Own(lambda m, x: torch.addmm(m.b, x, m.w), {"w": (4, 3), "b": (3,)}), [floats(4)]),

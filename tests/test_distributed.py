@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from opacus_fgc import sums
@@ -103,8 +103,35 @@ def test_sequence_parallel(group, mode):
 
 
 def test_a_copied_parameter_on_parts_of_samples_is_refused(group):
-    with refused_on_all_ranks(ValueError, "norm.weight has gradients of other norms on other ranks"):
+    with refused_on_all_ranks(ValueError, "norm.weight has gradients of other norms, or of other activations"):
         group(step, stream, partial(sequence_parallel, norm=False), "ghost_bk")
+
+
+def only_a_bias() -> tuple[nn.Module, Tensor, Tensor]:
+    """Behind a mean, the parts of its gradient have the same norm."""
+    model, x, y = stream()
+    model.requires_grad_(False)
+    model.norm.bias.requires_grad_(True)
+    return model, x, y
+
+
+def copies_alone() -> tuple[nn.Module, Tensor, Tensor]:
+    """Nothing that is cut is trained."""
+    model, x, y = table()
+    model.requires_grad_(False)
+    model.block.norm.requires_grad_(True)
+    model.positions.requires_grad_(True)
+    return model, x, y
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+def test_only_copies_are_trained(group, mode):
+    group(step, copies_alone, tensor_parallel, mode)
+
+
+def test_parts_of_samples_are_refused_by_what_a_layer_is_called_on(group):
+    with refused_on_all_ranks(ValueError, "norm.bias has gradients of other norms, or of other activations"):
+        group(step, only_a_bias, partial(sequence_parallel, norm=False), "ghost_bk")
 
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])

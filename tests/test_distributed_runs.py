@@ -14,6 +14,7 @@ import torch.distributed as dist
 from opacus.layers import DPLSTM
 from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import Tensor, nn
+from torch.distributed._composable import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from opacus_fgc import DPLossFastGradientClipping, DPOptimizerFastGradientClipping, GradScaler, PrivacyEngine, check
 from tests.distributed_cases import (
     C,
+    Table,
     both,
     ddp,
     fsdp,
@@ -137,6 +139,28 @@ def test_poisson_sampling(four, wrap, mode, physical):
     sizes = four(poisson, images, wrap, mode, physical)
     assert any(0 in of_rank for of_rank in sizes)
     assert any(len(set(of_step)) > 1 for of_step in zip(*sizes, strict=True))
+
+
+def only_a_norm(model: nn.Module) -> nn.Module:
+    """Tensor parallel, of which nothing that is cut is trained."""
+    model.requires_grad_(False)
+    model[3].requires_grad_(True)
+    return wide_tensor_parallel(model)
+
+
+def noise_of_copies() -> tuple[dict[str, Tensor], list[int]]:
+    model, x, y = wide()
+    model, optimizer, criterion, loader = private(only_a_norm(model), x, y, noise_multiplier=1.0)
+    criterion = DPLossFastGradientClipping(model, optimizer, lambda output, target: 0 * output.sum())
+    criterion(model(x), y).backward()
+    optimizer.step()
+    return weights(model), [n for _, _, numbers in loader for n in numbers.tolist()]
+
+
+def test_copies_stay_copies_where_nothing_that_is_cut_is_trained(two):
+    (first, batches_of_first), (second, batches_of_second) = two(noise_of_copies)
+    assert batches_of_first == batches_of_second
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("wrap", ways(tensor_parallel, both))
@@ -282,8 +306,23 @@ def train(path: str, wrap: Callable, optimizer: Callable, save: bool, steps: int
         criterion(model(x[rank::size]), y[rank::size]).backward()
         private_optimizer.step()
     if save:
-        engine.save_checkpoint(path=path, module=model, optimizer=private_optimizer)
+        engine.save_checkpoint(
+            path=path, module=model, optimizer=private_optimizer, module_state_dict_kwargs={"keep_vars": False}
+        )
     return weights(model), engine.accountant.history, private_optimizer.generator.initial_seed()
+
+
+def save_on_one_rank(path: str) -> None:
+    model, x, y = images()
+    engine = PrivacyEngine()
+    model, optimizer, _, _ = private(ddp(model), x, y, engine=engine)
+    if dist.get_rank() == 0:
+        engine.save_checkpoint(path=path, module=model, optimizer=optimizer)
+
+
+def test_under_data_parallel_one_rank_can_save(two, tmp_path):
+    two(save_on_one_rank, str(tmp_path / "run.pt"))
+    assert (tmp_path / "run.pt").exists()
 
 
 adam = partial(torch.optim.Adam, lr=0.1)
@@ -362,6 +401,7 @@ def recurrent(model: nn.Module) -> nn.Module:
             partial(FullyShardedDataParallel, device_id=torch.device("cpu")),
             "FullyShardedDataParallel reduces gradients",
         ),
+        (replicate, "replicate reduces gradients before they are clipped"),
         (partly_sharded, "norm.weight is trainable and not sharded"),
         (recurrent, "layer '0' (FSDPDPLSTM) has each parameter under two names"),
     ],
@@ -495,6 +535,103 @@ def mix() -> None:
 def test_samples_that_are_mixed_over_ranks_are_refused(two):
     with refused_on_all_ranks(NotImplementedError, "so it mixes samples"):
         two(mix)
+
+
+def skip_empty_batches() -> None:
+    """As many do, where Poisson sampling gives this rank no samples: then its next batch would meet another one of others."""
+    model, x, y = images()
+    model, optimizer, criterion, loader = private(
+        ddp(model), x, y, data_loader=DataLoader(TensorDataset(x, y), batch_size=1)
+    )
+    for inputs, labels in loader:
+        if len(inputs):
+            optimizer.zero_grad()
+            criterion(model(inputs), labels).backward()
+            optimizer.step()
+
+
+def test_batches_that_a_rank_skips_are_an_error(two):
+    with refused_on_all_ranks(ValueError, "ranks disagree about the number of the batch"):
+        two(skip_empty_batches)
+
+
+class Fetched(TensorDataset):
+    """Fetches a whole batch, as Hugging Face's data sets do."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[n] for n in torch.tensor(indices, dtype=torch.int64).tolist()] if len(indices) else []
+
+
+def fetch() -> int:
+    model, x, y = images()
+    _, _, _, loader = private(ddp(model), x, y, data_loader=DataLoader(Fetched(x, y), batch_size=3))
+    return sum(len(inputs) for inputs, _ in loader)
+
+
+def test_a_data_set_that_fetches_batches(two):
+    assert sum(two(fetch)) > 0
+
+
+def forward_for_nothing(wrap: Callable) -> None:
+    model, x, y = images()
+    model, _, criterion, _ = private(wrap(model), x, y)
+    model(x)
+    criterion(model(x), y).backward()
+
+
+@needs_fsdp
+def test_a_forward_that_is_not_part_of_the_loss(two):
+    two(forward_for_nothing, ddp)
+    with refused_on_all_ranks(NotImplementedError, "Run forwards that are not part of the loss under torch.no_grad()"):
+        two(forward_for_nothing, fsdp)
+
+
+def evaluated_before_the_step(mode: str) -> None:
+    plain, x, y = images()
+    model, optimizer, criterion, _ = private(fsdp(copy.deepcopy(plain)), x, y, grad_sample_mode=mode)
+    share = slice(model.layout.data_rank, None, model.layout.data_ranks)
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(model(x[share]), y[share]).backward()
+        with torch.no_grad():
+            model(x)
+        optimizer.step()
+    every = list(range(len(x)))
+    expected = follow(plain, x, y, [every, every], optimizer.expected_batch_size * model.layout.data_ranks)
+    compare(weights(model), expected)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+def test_evaluation_between_backward_and_step(two, mode):
+    two(evaluated_before_the_step, mode)
+
+
+def other_copies() -> None:
+    torch.manual_seed(dist.get_rank())
+    model = Table()
+    private(tensor_parallel(model), torch.randint(7, (11, 5)), torch.randint(7, (11,)))
+
+
+def test_copies_that_differ_in_a_tensor_parallel_group_are_refused(two):
+    with refused_on_all_ranks(ValueError, "is copied, and has other values on other ranks"):
+        two(other_copies)
+
+
+def alike_losses() -> None:
+    """Untrained models have about the same loss for everything."""
+    model, x, y = table()
+    with torch.no_grad():
+        for param in model.parameters():
+            param *= 1e-3
+    model, _, criterion, _ = private(tensor_parallel(model), x, y)
+    own = slice(dist.get_rank(), dist.get_rank() + 5)
+    criterion(model(x[own]), y[own]).backward()
+
+
+def test_other_samples_with_about_the_same_losses_are_refused(two):
+    with refused_on_all_ranks(ValueError, "ranks of one tensor-parallel group"):
+        two(alike_losses)
 
 
 def no_samples(wrap: Callable) -> None:

@@ -164,7 +164,7 @@ CASES = {
     ),
     "expanded-in-a-model-of-one-batch-size": (
         lambda: Own(
-            lambda m, x: torch.cat([m.p.expand(N, -1, -1), m.a(x.view(N, 2, 3))], 1),
+            lambda m, x: torch.cat([m.a(x.view(N, 2, 3)), m.p.expand(N, -1, -1)], 1),
             {"p": (1, 1, 3)},
             a=nn.Linear(3, 3),
         ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ def gradients_by_sample(
     call: Call,
     backprops: tuple[Tensor, ...],
     norms: Tensor | None,
+    constants: Collection[int] = (),
 ) -> dict[Any, Tensor]:
     """Repeats a forward on each sample by itself (``vmap`` over ``grad``).
 
@@ -46,6 +47,7 @@ def gradients_by_sample(
         call: the call that is repeated.
         backprops: gradients of the loss by its tapped outputs.
         norms: what `norms_by_sample` gave for the outputs of the call; None if they are not to be compared.
+        constants: the places of arguments that are no samples, however many rows they have.
 
     Returns:
         For each of ``params`` its per-sample gradients, shape ``(N, *shape)``.
@@ -59,7 +61,10 @@ def gradients_by_sample(
         return {name: param.new_zeros(0, *param.shape) for name, param in params.items()}
     places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[place] for place in places]
-    in_dims = [axis if tensor.dim() > axis and tensor.shape[axis] == batch_size else None for tensor in tensors]
+    in_dims = [
+        axis if tensor.dim() > axis and tensor.shape[axis] == batch_size and place not in constants else None
+        for place, tensor in zip(places, tensors, strict=True)
+    ]
     device, (autocast, dtype) = backprops[0].device.type, call.autocast
 
     def loss(params: dict[Any, Tensor], tensors: list[Tensor], backprops: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -6,7 +6,7 @@ per-sample gradients are then carried on to the parameters by autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -31,11 +31,13 @@ class Op(NamedTuple):
         function: what was called.
         shared: the arguments that the whole batch shares and that need a gradient, by their places among all arguments.
         norms: of the outputs by sample, if they are to be compared with a repeated forward's.
+        constants: the places of what the batch shares and needs no gradient.
     """
 
     function: Callable[..., Any]
     shared: Mapping[int, Tensor]
     norms: Tensor | None = None
+    constants: Collection[int] = ()
 
 
 def _to_parameters(shared: Tensor, form: PerSampleGradient) -> Forms:
@@ -108,7 +110,7 @@ def _repeated(op: Op, call: Call, backprops: Tensor) -> dict[Tensor, PerSampleGr
         return op.function(*args, **kwargs)
 
     params = {place: shared.detach() for place, shared in op.shared.items()}
-    gradients = gradients_by_sample(forward, params, leaves, call, (backprops,), op.norms)
+    gradients = gradients_by_sample(forward, params, leaves, call, (backprops,), op.norms, op.constants)
     forms: dict[Tensor, list[PerSampleGradient]] = {}
     for place, gradient in gradients.items():
         forms.setdefault(op.shared[place], []).append(Dense(gradient))
