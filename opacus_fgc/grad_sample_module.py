@@ -504,7 +504,7 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
         """
         try:
             return super().forward(*args, **kwargs)
-        except RuntimeError as error:
+        except (RuntimeError, IndexError) as error:  # the latter of torch before 2.10
             empty = self.record is not None and self.record.batch_size_seen == 0
             if empty and not all(axis.data for axis in self.layout.axes):
                 raise NotImplementedError(

@@ -60,6 +60,17 @@ class Layout:
             raise NotImplementedError(
                 "tensor parallel over several meshes, or over one with several axes; use one mesh with one axis for it"
             )
+        self._have_gloo_average()
+
+    def _have_gloo_average(self) -> None:
+        """Has FSDP divide sums itself over gloo, whose averages of torch 2.8 are sums, so that gradients would be too large."""
+        for module in self._fsdp:
+            if any(group.mesh_info.mesh.device_type == "cpu" for group in _param_groups(module)):
+                if not hasattr(module, "set_force_sum_reduction_for_comms"):
+                    raise NotImplementedError(
+                        "the FSDP2 of this torch does not average over gloo; take torch 2.8 or newer"
+                    )
+                module.set_force_sum_reduction_for_comms(True)
 
     def _reshard(self) -> None:
         """Gives up what FSDP leaves whole of the outermost module after a forward without a backward, as of an evaluation."""

@@ -165,6 +165,18 @@ def test_options_of_fsdp(group, wrap, mode):
     group(step, tokens, wrap, mode)
 
 
+def single_precision() -> tuple[nn.Module, Tensor, Tensor]:
+    model, x, y = tokens()
+    return model.float(), x, y
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp, hsdp))
+def test_single_precision(group, wrap, mode):
+    """FSDP takes means of float32 and of float64 in different ways."""
+    group(step, single_precision, wrap, mode, 1e-4)
+
+
 @needs_fsdp
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
 def test_mixed_precision(group, mode):
