@@ -80,6 +80,7 @@ class OpTaps(TorchFunctionMode):
         tap_op: taps the output of an operation.
         observe: told of the name, the output and the batch axis of each operation in which something met the data.
         batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
+        expansions: what is known of the places where something shared is expanded; it is added to.
         compiled: whether parts of the model are compiled, in which no operation shows; they are run as they are while active.
     """
 
@@ -91,6 +92,7 @@ class OpTaps(TorchFunctionMode):
         tap_op: TapOp,
         observe: Observe,
         batch_first: bool,
+        expansions: dict[Any, Expansion],
         compiled: bool = False,
     ) -> None:
         super().__init__()
@@ -104,7 +106,7 @@ class OpTaps(TorchFunctionMode):
         self._stance: Any = None
         self._batch_sizes: list[int | None] = []
         self._trying = False
-        self._expansions: dict[Any, Expansion] = {}
+        self._expansions = expansions
 
     @property
     def undecided(self) -> bool:

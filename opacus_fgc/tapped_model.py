@@ -30,7 +30,7 @@ from opacus_fgc.layout import Layout
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
-from opacus_fgc.op_taps import OpTaps
+from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record
 from opacus_fgc.shards import Unsharded
 from opacus_fgc.taps import Call, Receiver, leaves_of, tap, tensors_in, untapped
@@ -99,6 +99,7 @@ class TappedModel(OpacusHooks):
         self._rows_known: bool | None = None
         self._buffers_before = Buffers(model)
         self._harmless: set[str] = set()
+        self._expansions: dict[Any, Expansion] = {}
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
         self.layout = Layout(model)
@@ -175,7 +176,16 @@ class TappedModel(OpacusHooks):
             for param in layer.params.values()
             if param.requires_grad
         ]
-        self._ops = OpTaps(watched, others, covered, self._tap_operation, self._observe, self.batch_first, compiled)
+        self._ops = OpTaps(
+            watched,
+            others,
+            covered,
+            self._tap_operation,
+            self._observe,
+            self.batch_first,
+            self._expansions,
+            compiled,
+        )
         for module in self._module.modules():
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(self._begin_packed))

@@ -116,6 +116,20 @@ def test_norms_are_not_taken_under_autocast() -> None:
     torch.testing.assert_close(norms, oracle.total_norm(), rtol=1e-5, atol=0)
 
 
+def test_hooks_that_are_put_on_anew() -> None:
+    """What was learned about a model by forwards of no consequence is not forgotten with them."""
+    case = next(case for case in CASES if case.id == "own-expanded-over-samples-and-positions")
+    oracle = expected(case, "sum")
+    model, wrapper, _ = private(case, "wrapped", "sum", 1.0)
+    wrapper.remove_hooks()
+    wrapper.add_hooks()
+    _, inputs, target = case.make()
+    losses = torch.stack(
+        [case.loss("sum")(row[None], y[None]) for row, y in zip(wrapper(*inputs), target, strict=True)]
+    )
+    torch.testing.assert_close(wrapper.first_pass(losses), oracle.total_norm(), rtol=1e-10, atol=1e-10)
+
+
 def test_every_norm_sampler_has_a_case() -> None:
     covered = {layer for case in CASES for layer in case.covers}
     assert covered == set(NORM_SAMPLERS)
