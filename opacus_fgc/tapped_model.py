@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -277,8 +278,8 @@ class TappedModel(OpacusHooks):
                 self._has_caught_all(module, inputs, size)
             if most or size is None:
                 self._verified.add(module)
-            if some is not inputs and not self.layout.on_all_ranks(not self._ops.undecided):
-                self._try_one(module, inputs, size or 0)
+            if some is not inputs:
+                self._try_other_sizes(module, inputs, size or 0)
         if self._rows_known is None and module is self._module and size is not None and most > 1:
 
             def run(start: int, length: int) -> list[Seen]:
@@ -296,15 +297,15 @@ class TappedModel(OpacusHooks):
             )
         record.rows_known = bool(self._rows_known)
 
-    def _try_one(self, module: nn.Module, inputs: Any, size: int) -> None:
-        """Runs one sample of so many by itself, if the model can do that."""
-        with undisturbed(self._module, inputs):
-            try:
-                self._trial_of_some(module, inputs, size, 0, 1)
-            except OUT_OF_MEMORY:
-                raise
-            except Exception:
+    def _try_other_sizes(self, module: nn.Module, inputs: Any, size: int) -> None:
+        """Runs other numbers of samples than two while it is not known which rows are samples."""
+        # Models often do nothing where there is but one.
+        for length in (1, 3):
+            if self.layout.on_all_ranks(not self._ops.undecided):
                 return
+            with undisturbed(self._module, inputs), suppress(Exception):
+                # What a model cannot do, or has no memory for, only leaves that unknown.
+                self._trial_of_some(module, inputs, size, 0, length)
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
         """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""

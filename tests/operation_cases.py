@@ -347,6 +347,15 @@ OPERATIONS = [
         [floats(5, 4)],
     ),
     Case(
+        "own-expanded-over-several-samples",
+        lambda: Own(
+            lambda m, x: m.a(x) + (m.p.expand(len(x), -1, -1) if len(x) > 1 else m.p),
+            {"p": (1, 1, 4)},
+            a=nn.Linear(4, 4),
+        ),
+        [floats(3, 4)],
+    ),
+    Case(
         "own-with-an-expanded-constant",
         lambda: Own(
             lambda m, x: m.a(x) * (m.p * torch.arange(1.0, 5.0).expand(x.shape[1], -1)), {"p": (4,)}, a=nn.Linear(4, 4)
