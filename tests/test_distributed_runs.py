@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -409,6 +410,19 @@ def recurrent(model: nn.Module) -> nn.Module:
 def test_other_layouts_are_refused_by_name(two, wrap, text):
     with refused_on_all_ranks(NotImplementedError, text):
         two(refused, wrap)
+
+
+def bare() -> list[str]:
+    model, x, y = images()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        private(model, x, y)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_model_that_lies_over_no_processes_is_warned_of(two):
+    for messages in two(bare):
+        assert any("each of the 2 processes trains a model of its own" in message for message in messages)
 
 
 def test_data_parallel_threads_are_refused():
