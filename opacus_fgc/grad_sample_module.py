@@ -506,7 +506,7 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
             return super().forward(*args, **kwargs)
         except (RuntimeError, IndexError) as error:  # the latter of torch before 2.10
             empty = self.record is not None and self.record.batch_size_seen == 0
-            if empty and not all(axis.data for axis in self.layout.axes):
+            if empty and self.layout.shares_samples:
                 raise NotImplementedError(
                     "this batch has no samples, and torch's distributed tensors cannot do without. Poisson sampling draws such a "
                     "batch, or such a part for one rank, now and then: take larger batches, or fewer ranks along data axes"

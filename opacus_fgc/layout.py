@@ -128,7 +128,12 @@ class Layout:
     @property
     def forward_communicates(self) -> bool:
         """Whether ranks have to run as many forwards as each other."""
-        return bool(self._fsdp) or any(not axis.data for axis in self.axes)
+        return self.reshards or self.shares_samples
+
+    @property
+    def shares_samples(self) -> bool:
+        """Whether some ranks work on the same samples."""
+        return not all(axis.data for axis in self.axes)
 
     @property
     def reshards(self) -> bool:
@@ -196,7 +201,7 @@ class Layout:
         Args:
             inputs: any nesting of tensors.
         """
-        if all(axis.data for axis in self.axes):
+        if not self.shares_samples:
             return None
         return _fingerprint([tensor for tensor in tensors_in(inputs) if not isinstance(tensor, DTensor)], self._device)
 
@@ -247,13 +252,9 @@ class Layout:
             dist.all_reduce(values, dist.ReduceOp.MAX, group=axis.group)
         return values.tolist()
 
-    def least(self, number: int) -> int:
-        """The least of a number, likewise."""
-        return -self.most([-number])[0]
-
     def on_all_ranks(self, flag: bool) -> bool:
         """Whether something holds on all ranks, likewise."""
-        return self.least(flag) == 1
+        return not self.most([not flag])[0]
 
     # Clipped sums
 

@@ -71,13 +71,12 @@ class Unsharded:
 
     def named_parameters(self, module: nn.Module, recurse: bool = True) -> dict[str, Any]:
         """The parameters of a module as the optimizer has them, whatever is in their place at the moment."""
-        return {name: self._at(module, name, param) for name, param in module.named_parameters(recurse=recurse)}
-
-    def _at(self, module: nn.Module, name: str, tensor: Any) -> Any:
-        if not self._places:
-            return tensor
-        path, _, last = name.rpartition(".")
-        return self._places.get(module.get_submodule(path), {}).get(last, tensor)
+        named: dict[str, Any] = dict(module.named_parameters(recurse=recurse))
+        if self._places:
+            for name in named:
+                path, _, last = name.rpartition(".")
+                named[name] = self._places.get(module.get_submodule(path), {}).get(last, named[name])
+        return named
 
     def of(self, param: Any) -> Tensor:
         """What layers see in the place of a parameter; itself outside of FSDP."""

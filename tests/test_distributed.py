@@ -63,7 +63,7 @@ def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9, eva
     model, optimizer, criterion, _ = private(model, x, y, optimizer=optimizer, grad_sample_mode=mode)
     rank, size = model.layout.data_rank, model.layout.data_ranks
     # Torch's distributed tensors cannot be of no sample.
-    own = partial(part, rank=rank, size=size, least=0 if all(axis.data for axis in model.layout.axes) else 1)
+    own = partial(part, rank=rank, size=size, least=1 if model.layout.shares_samples else 0)
     for last in (False, True):
         optimizer.zero_grad()
         criterion(model(own(x)), own(y)).backward()
