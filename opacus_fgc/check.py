@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from opacus_fgc.buffers import restored
+from opacus_fgc.model_state import restored
 from opacus_fgc.grad_sample_module import GradSampleModuleFastGradientClipping
 from opacus_fgc.loss import DPLossFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping

@@ -12,6 +12,8 @@ from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
 from opacus_fgc.axes import local
+from opacus_fgc.certificates import Schedule
+from opacus_fgc.certified_model import CertifiedModel
 from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
@@ -23,8 +25,8 @@ from opacus_fgc.planner import NOTHING, Budget, Keep
 from opacus_fgc.precision import full_precision
 from opacus_fgc.record import Record
 from opacus_fgc.shards import View, view
-from opacus_fgc.tapped_model import Tapped, TappedModel
-from opacus_fgc.taps import Call, Use
+from opacus_fgc.tapped_model import Tapped
+from opacus_fgc.taps import Call, Reached, Use
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -39,7 +41,7 @@ def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -
         param._norm_sample = Dense(grad_sample[:max_batch_len]).norm()
 
 
-class GradSampleHooksFastGradientClipping(TappedModel):
+class GradSampleHooksFastGradientClipping(CertifiedModel):
     """Computes per-sample gradient norms of a model without wrapping it; see `GradSampleModuleFastGradientClipping`.
 
     Args:
@@ -53,6 +55,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             per-sample gradients of one layer at a time are formed, for all layers.
         nonfinite: what is done about samples whose gradient has inf or NaN in it: "error", or "drop", with which they
             contribute exactly zero.
+        certify: when it is proven that samples have gradients of their own; see `certificates.Schedule`.
 
     Attributes:
         dropped: how many such samples were dropped so far. (Not private: it is a count of the data.)
@@ -75,12 +78,14 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         max_grad_norm: float = 1,
         use_ghost_clipping: bool = True,
         nonfinite: str = "error",
+        certify: str = "thinning",
     ) -> None:
         # All checks come before anything is changed.
         check_loss_reduction(loss_reduction)
         if hasattr(m, "autograd_grad_sample_hooks"):
             raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
         check_nonfinite(nonfinite)
+        self.schedule = Schedule(certify)
         self.clipping = FlatClipping(max_grad_norm)
         self.nonfinite, self.dropped = nonfinite, 0
         if strict:
@@ -110,7 +115,9 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         self.clipping.max_grad_norm = value
 
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
-        if self.hooks_enabled:
+        if self._witness is not None:
+            self._witness.see(call, backprops)
+        elif self.hooks_enabled:
             if self.record is None:
                 self._open_record()
             assert self.record is not None
@@ -271,9 +278,11 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             ValueError: if the loss has not one value for each sample that the layers saw, or depends on a trainable
                 parameter past its layer.
         """
-        self._check_trainable(loss_per_sample)
+        reached = self._check_trainable(loss_per_sample)
         record = self._open_record()
         self.layout.check_samples(loss_per_sample, record.inputs)
+        record.batch_size_seen = len(loss_per_sample)
+        self.certify(loss_per_sample, reached, record, loss_scale)
         record.step, record.loss_scale = object(), loss_scale
         norms = self._pass_to_taps(record, loss_per_sample, keep)
         if norms.shape != loss_per_sample.shape:
@@ -334,7 +343,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         first = next(param for param, norm in self.record.measured() if not _is_finite([norm]))
         return f"backward, in the gradient of {self._names[first]}"
 
-    def _check_trainable(self, loss_per_sample: Tensor) -> None:
+    def _check_trainable(self, loss_per_sample: Tensor) -> Reached:
         if not loss_per_sample.requires_grad:
             raise RuntimeError("the loss does not depend on any trainable layer of the wrapped model")
         every = self._unsharded.named_parameters(self._module)
@@ -351,13 +360,15 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 f"{', '.join(sorted(self._names[param] for param in gone))} was replaced or removed since the model was wrapped, "
                 "so that the optimizer would train what the model does not use; wrap model and optimizer anew"
             )
-        outside = self._untapped([loss_per_sample])
+        reached = self._reached([loss_per_sample])
+        outside = reached.escaped
         if outside:
             raise ValueError(
                 f"the loss depends on {', '.join(sorted(names[param] for param in outside))} past the layer that has it, so "
                 "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
                 "put penalties on weights into the optimizer (weight_decay)"
             )
+        return reached
 
     @contextmanager
     def plan(self) -> Iterator[Plan]:

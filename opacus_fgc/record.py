@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc.axes import local
+from opacus_fgc.certificates import PADDING
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
 from opacus_fgc.precision import at_least_float32, full_precision, without_autocast
@@ -31,7 +32,8 @@ class Record:
         batch_size_seen: number of samples that the model was called on, None where it does not show.
         inputs: what `Layout.fingerprint` gave for what the model was called on, added up over its calls.
         marks: by parameter, numbers that tell what its layer was called on, likewise.
-        rows_known: whether all layers are known to have their rows in the order of the samples.
+        orders: indices that sort the samples of packed sequences, or put them back.
+        changed_buffers: the names of buffers that forward changed.
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
         samples: a mask of the samples that take part in `weighted_sum`, shape ``(N,)``; None if all do.
@@ -48,7 +50,8 @@ class Record:
         self.batch_size_seen: int | None = None
         self.inputs: Tensor | None = None
         self.marks: dict[Any, Tensor] = {}
-        self.rows_known = False
+        self.orders: list[Tensor] = []
+        self.changed_buffers: set[str] = set()
         self.interleave = Interleave()
         self.unkept: list[Any] = []
         self.samples: Tensor | None = None
@@ -66,7 +69,7 @@ class Record:
         """A record of one more backward pass of the same forward."""
         other = Record(self.loss_reduction)
         other.loss_scale = self.loss_scale
-        other.batch_size_seen, other.rows_known = self.batch_size_seen, self.rows_known
+        other.batch_size_seen = self.batch_size_seen
         other.expectations, other.step = self.expectations, self.step
         return other
 
@@ -131,12 +134,12 @@ class Record:
         for param, form in forms.items():
             form = self._by_sample(form)
             if self.batch_size is None:
-                self.batch_size = form.batch_size
+                self.batch_size = self.batch_size_seen or form.batch_size
             if form.batch_size != self.batch_size:
                 raise ValueError(
-                    f"it was called on a batch of {form.batch_size}, other layers of this step on {self.batch_size}. "
-                    "Every layer with trainable parameters needs one row a sample: expand inputs that the batch shares "
-                    "(`x.expand(batch_size, ...)`), and check batch_first"
+                    f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with trainable parameters "
+                    f"needs one row a sample, or as many for each, sample by sample. {PADDING}. Inputs that the batch shares, expand "
+                    "(`x.expand(batch_size, ...)`); and check batch_first"
                 )
             if param in self._norms:
                 raise RuntimeError(
@@ -156,8 +159,7 @@ class Record:
     def _by_sample(self, form: PerSampleGradient) -> PerSampleGradient:
         """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
         size = self.batch_size_seen
-        # All rows of a batch of one are that one's, in whatever order.
-        if not size or not (self.rows_known or size == 1) or form.batch_size <= size or form.batch_size % size:
+        if not size or form.batch_size <= size or form.batch_size % size:
             return form
         return form.folded(form.batch_size // size)
 

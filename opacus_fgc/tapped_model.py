@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,27 +14,22 @@ from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import has_trainable_params
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.buffers import Buffers
+from opacus_fgc.certificates import OUT_OF_MEMORY, Seen, look_at
 from opacus_fgc.checks import describe, refuse_overlap
-from opacus_fgc.independence import (
-    OUT_OF_MEMORY,
-    Seen,
-    check_independence,
-    look_at,
-    refuse_data_in_buffers,
-    some_samples,
-    undisturbed,
-)
+from opacus_fgc.entrances import Entrance
 from opacus_fgc.layout import Layout
+from opacus_fgc.model_state import restored
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record
+from opacus_fgc.samples import batch_size, some_samples, tensors_of
 from opacus_fgc.shards import Unsharded
-from opacus_fgc.taps import Call, Receiver, leaves_of, tap, tensors_in, untapped
+from opacus_fgc.taps import Call, Reached, Receiver, leaves_of, reached, tap, tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +92,9 @@ class TappedModel(OpacusHooks):
         self._anchor = torch.zeros((), requires_grad=True)
         self._outermost: nn.Module | None = None
         self._verified: set[nn.Module] = set()
-        self._rows_known: bool | None = None
+        self._entrance: Entrance | None = None
+        self._shared_inputs: dict[nn.Module, set[str]] = {}
         self._buffers_before = Buffers(model)
-        self._harmless: set[str] = set()
         self._expansions: dict[Any, Expansion] = {}
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
@@ -156,6 +151,10 @@ class TappedModel(OpacusHooks):
             name = describe(paths[layer], layer)
             receive = partial(self._receive, layer)
             self._layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
+        self._every_module: Sequence[nn.Module] = tuple(self._module.modules())
+        if not compiled:
+            # Whatever has layers in it may be called from outside. (Parts of a compiled module are not.)
+            entrances.update(self._containers())
         # Torch's attention uses a child's weight, which a checkpoint that starts in between has to find watched.
         entrances.update(module for module in self._module.modules() if isinstance(module, nn.MultiheadAttention))
         # Before `_enter` in this list, so after it in a call: it may run the model on its own.
@@ -197,6 +196,14 @@ class TappedModel(OpacusHooks):
                 handles.append(param.register_hook(partial(self._collect_second_pass, param)))
         self.enable_hooks()
 
+    def _containers(self) -> Iterator[nn.Module]:
+        """The modules with trainable parameters in them that have no tap, and are in nothing that has one for all of it."""
+        whole = [layer for layer, tapped in self._layers.items() if tapped.sampler.covers_children]
+        inside = {module for layer in whole for module in layer.modules()}
+        for module in self._every_module:
+            if module not in self._layers and module not in inside and has_trainable_params_within(module):
+                yield module
+
     def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
         raise NotImplementedError
 
@@ -237,10 +244,11 @@ class TappedModel(OpacusHooks):
             return
         record = self._open_record() if self.record is None or not self._recomputing() else self.record
         if not self._recomputing():
-            record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
+            record.batch_size_seen = batch_size((args, kwargs), self._axis)
             self._verify(record, module, (args, kwargs))
             inputs = self.layout.fingerprint((args, kwargs))
             record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
+            self._entrance = Entrance(module, args, kwargs, self._every_module)
         self._outermost = module
         if self._buffers_before.changed(self._module):
             self._buffers_before = Buffers(self._module)
@@ -251,51 +259,29 @@ class TappedModel(OpacusHooks):
         """Forward hook of the same, called also when the forward failed."""
         if self._outermost is module:
             self._ops.leave()
-            self._outermost = None
-            if output is not None and not self._recomputing():
-                self._refuse_data_in_buffers(module, (args, kwargs))
+            self._outermost = self._entrance = None
+            if self.record is not None:
+                self.record.changed_buffers |= self._buffers_before.changed(self._module)
 
-    def _refuse_data_in_buffers(self, module: nn.Module, inputs: Any) -> None:
-        changed = self._buffers_before.changed(self._module) - self._harmless
-        if changed:
-            size = (self.record.batch_size_seen if self.record is not None else None) or 0
-            run = partial(self._trial_of_some, module, inputs, size) if self.layout.most([size])[0] > 1 else None
-            refuse_data_in_buffers(describe("", self._module), self._module, inputs, self._buffers_before, changed, run)
-            self._harmless |= changed
+    @property
+    def _axis(self) -> int:
+        return 0 if self.batch_first else 1
 
     def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
-        """Before the first forward: finds what escapes the taps, and whether rows are samples; on two samples."""
-        record.rows_known = bool(self._rows_known)
-        if module in self._verified and (self._rows_known is not None or module is not self._module):
+        """Before the first forward: finds what escapes the taps, on two samples."""
+        if module in self._verified:
             return
-        size, axis = record.batch_size_seen, 0 if self.batch_first else 1
+        size = record.batch_size_seen
         # All ranks are to run the same forwards, also those that have fewer samples than it takes.
         most = self.layout.most([size or 0])[0]
-        if module not in self._verified:
-            some = some_samples(inputs, size, 0, 2, axis) if size is not None and most else inputs
-            # A model that has its batch size written into it takes but the whole batch.
-            if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
-                self._has_caught_all(module, inputs, size)
-            if most or size is None:
-                self._verified.add(module)
-            if some is not inputs:
-                self._try_other_sizes(module, inputs, size or 0)
-        if self._rows_known is None and module is self._module and size is not None and most > 1:
-
-            def run(start: int, length: int) -> list[Seen]:
-                seen: list[Seen] = []
-                self._seen = seen
-                try:
-                    outputs = tensors_in(self._trial_of_some(module, inputs, size, start, length))
-                finally:
-                    self._seen = None
-                return seen + [look_at("", output, axis, tapped=False) for output in outputs]
-
-            name, second_first = describe("", self._module), self.layout.data_rank % 2 == 1
-            self._rows_known = check_independence(
-                name, self._module, inputs, run, self.layout.on_all_ranks, second_first
-            )
-        record.rows_known = bool(self._rows_known)
+        some = some_samples(inputs, size, 0, 2, self._axis) if size is not None and most else inputs
+        # A model that has its batch size written into it takes but the whole batch.
+        if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
+            self._has_caught_all(module, inputs, size)
+        if most or size is None:
+            self._verified.add(module)
+        if some is not inputs:
+            self._try_other_sizes(module, inputs, size or 0)
 
     def _try_other_sizes(self, module: nn.Module, inputs: Any, size: int) -> None:
         """Runs other numbers of samples than two while it is not known which rows are samples."""
@@ -303,15 +289,22 @@ class TappedModel(OpacusHooks):
         for length in (1, 3):
             if self.layout.on_all_ranks(not self._ops.undecided):
                 return
-            with undisturbed(self._module, inputs), suppress(Exception):
+            some = some_samples(inputs, size, 0, length, self._axis)
+            with self._undisturbed(module, some), suppress(Exception):
                 # What a model cannot do, or has no memory for, only leaves that unknown.
-                self._trial_of_some(module, inputs, size, 0, length)
+                self._trial(module, some, length)
+
+    @contextmanager
+    def _undisturbed(self, module: nn.Module, inputs: Any) -> Iterator[None]:
+        """A context for forwards of no consequence, after which random states, modes and the model's state are as before."""
+        with Entrance(module, *inputs, self._every_module).again(keep=True), restored(self._module):
+            yield
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
         """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""
         while True:
             works, escaped = True, set[Any]()
-            with undisturbed(self._module, inputs):
+            with self._undisturbed(module, inputs):
                 try:
                     output = self._trial(module, inputs, size)
                 except OUT_OF_MEMORY:
@@ -319,8 +312,8 @@ class TappedModel(OpacusHooks):
                 except Exception:
                     works = False
             if works:
-                outputs = [tensor for tensor in tensors_in(output) if not self._ops.is_shared(tensor)]
-                escaped = self._untapped(outputs, tensors_in(inputs))
+                outputs = [tensor for tensor in tensors_of(output) if not self._ops.is_shared(tensor)]
+                escaped = self._reached(outputs, tensors_of(inputs)).escaped
             if not self._catch(escaped):
                 return self.layout.on_all_ranks(works)
 
@@ -341,11 +334,6 @@ class TappedModel(OpacusHooks):
             # Casts of weights that it made are older than the user's forward, and come too late in backward for FSDP.
             torch.clear_autocast_cache()
 
-    def _trial_of_some(self, module: nn.Module, inputs: Any, size: int, start: int, length: int) -> Any:
-        """A trial on some of ``size`` samples."""
-        some = some_samples(inputs, size, start, length, 0 if self.batch_first else 1)
-        return self._trial(module, some, length)
-
     def _catch(self, escaped: set[Any]) -> bool:
         """Has modules whose parameters escaped the taps, on any rank, tapped in another way; says whether there are some."""
         layers = list(self.iterate_submodules(self._module))
@@ -365,15 +353,18 @@ class TappedModel(OpacusHooks):
             return 0
         return 1 if isinstance(self._sampler(layer), Registered) else 2
 
-    def _untapped(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Any]:
-        """The parameters that something depends on past their taps; see `taps.untapped`."""
+    def _reached(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Reached:
+        """What something depends on, with parameters as the optimizer has them; see `taps.reached`."""
         wanted = map(self._unsharded.of, self.trainable_parameters)
-        return set(map(self._unsharded.parameter, untapped(outputs, wanted, inputs)))
+        result = reached(outputs, wanted, inputs)
+        return result._replace(escaped=set(map(self._unsharded.parameter, result.escaped)))
 
     def _begin_packed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""
         if args and isinstance(args[0], PackedSequence):
-            data, sizes, samples, _ = args[0]
+            data, sizes, samples, back = args[0]
+            if self.record is not None:
+                self.record.orders += [order for order in (samples, back) if order is not None]
             self._samples = torch.arange(int(sizes[0]), device=data.device) if samples is None else samples
 
     def _end_packed(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -425,8 +416,7 @@ class TappedModel(OpacusHooks):
         return self._tap(key, self._operations[key], output, (args, kwargs), axis, lambda outputs, axis: op)
 
     def _observe(self, name: str, output: Tensor, axis: int) -> None:
-        if self._seen is not None:
-            self._seen.append(look_at(f"operation '{name}'", output, axis, tapped=False))
+        pass
 
     def _tap(
         self,
@@ -440,15 +430,20 @@ class TappedModel(OpacusHooks):
         params = [param for param in layer.params.values() if param.requires_grad]
         if not params:
             return output
-        if self._seen is not None and self._samples is None:
-            self._seen += [look_at(layer.name, value, axis) for value in tensors_in(output)[:1]]
         if self._seen is not None:
+            values = tensors_in(inputs) or tensors_in(output)
+            self._seen += [look_at(key, layer.name, value, [axis], self._samples) for value in values]
             return output
+        entrance = self._entrance
         if not self._recomputing():
             self._open_record().expect(key, params)
+            if entrance is None and isinstance(key, nn.Module) and self._outermost is None:
+                entrance = Entrance(key, *inputs, self._every_module)
         seen = list(map(self._unsharded.of, params))
         try:
-            return tap(output, *inputs, self._anchor, seen, layer.receive, axis, fingerprint, self._samples)
+            return tap(
+                output, *inputs, self._anchor, seen, layer.receive, axis, fingerprint, self._samples, key, entrance
+            )
         except NotImplementedError as error:
             raise NotImplementedError(f"{layer.name}: {error}") from error
 
@@ -468,15 +463,9 @@ def _params_of(layers: Iterable[nn.Module]) -> set[Tensor]:
     return {param for layer in layers for param in layer.parameters(recurse=False) if param.requires_grad}
 
 
-def _batch_size(inputs: Any, batch_first: bool) -> int | None:
-    """The number of samples that a model is called on, None if it does not show; inputs of one row may be shared."""
-    for leaf in tree_leaves(inputs, is_leaf=lambda leaf: isinstance(leaf, PackedSequence)):
-        if isinstance(leaf, PackedSequence):
-            return None
-    # Of (T, N) and (N, features) nobody can tell which it is.
-    axis, least = (0, 1) if batch_first else (1, 3)
-    sizes = [tensor.shape[axis] for tensor in tensors_in(inputs) if tensor.dim() >= least]
-    return next((size for size in sizes if size != 1), 1) if sizes else None
+def has_trainable_params_within(module: nn.Module) -> bool:
+    """Whether something in a module, or in one of its children, is trained."""
+    return any(param.requires_grad for param in module.parameters())
 
 
 def _has_one_row(output: Any, axis: int) -> bool:

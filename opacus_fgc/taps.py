@@ -17,6 +17,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBa
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
+from opacus_fgc.routes import moves_rows
+
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in any nesting of tuples, lists and dicts, in order."""
@@ -43,6 +45,11 @@ class Call:
         self.batch_axis = pending.batch_axis
         self.fingerprint = pending.fingerprint
         self.autocast = pending.autocast
+
+    @property
+    def key(self) -> Any:
+        """What is the same for this call in each backward pass, and for no other."""
+        return self._pending
 
     def with_activations(self, activations: list[Tensor]) -> Call:
         """The same call with other activations."""
@@ -111,21 +118,35 @@ class _Pending:
     __slots__ = (
         "autocast",
         "batch_axis",
+        "entrance",
         "fingerprint",
+        "layer",
         "leaves",
         "outputs",
         "params",
         "receive",
+        "rows",
         "samples",
         "shown_to",
         "spec",
     )
 
-    def __init__(self, params: Collection[Tensor], receive: Receiver, batch_axis: int, samples: Tensor | None) -> None:
+    def __init__(
+        self,
+        layer: Any,
+        entrance: Any,
+        params: Collection[Tensor],
+        receive: Receiver,
+        batch_axis: int,
+        samples: Tensor | None,
+    ) -> None:
+        self.layer = layer
+        self.entrance = entrance
         self.params = params
         self.receive = receive
         self.batch_axis = batch_axis
         self.samples = samples
+        self.rows = -1
         self.outputs: tuple[int, ...] = (0,)
         self.leaves: list[Any] | None = None
         self.spec: TreeSpec | None = None
@@ -191,6 +212,8 @@ def tap(
     batch_axis: int,
     fingerprint: Callable[[list[Tensor], int], Any],
     samples: Tensor | None = None,
+    layer: Any = None,
+    entrance: Any = None,
 ) -> Any:
     """Taps what a layer returned.
 
@@ -204,11 +227,13 @@ def tap(
         batch_axis: the axis of inputs and outputs that counts samples.
         fingerprint: called now with the tapped outputs and the batch axis; its result is kept in the `Call`.
         samples: which samples the rows belong to, for a call on the first some of these; None for a row a sample.
+        layer: what the tap is on.
+        entrance: the call of the model that this is a part of.
 
     Returns:
         The output, with every tensor that needs a gradient replaced by an alias; as it was if there is none.
     """
-    pending = _Pending(params, receive, batch_axis, samples)
+    pending = _Pending(layer, entrance, params, receive, batch_axis, samples)
     plain = isinstance(output, Tensor)
     outputs, spec = ([output], None) if plain else tree_flatten(output)
     tapped = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -216,6 +241,7 @@ def tap(
         return output
     if not plain:
         pending.outputs = tuple(i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad)
+    pending.rows = tapped[0].shape[batch_axis] if tapped[0].dim() > batch_axis else 1
     pending.fingerprint = fingerprint(tapped, batch_axis)
     device = tapped[0].device.type
     if torch.is_autocast_enabled(device):
@@ -229,28 +255,41 @@ def tap(
     return tree_unflatten(outputs, spec)
 
 
-def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Tensor]:
-    """The parameters that something depends on by a way on which no tap stands.
+class Reached(NamedTuple):
+    """What something depends on.
 
-    Their gradients would escape the norms: a weight used by another module than its own (``F.linear(x,
-    embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not the child.
+    Attributes:
+        escaped: parameters that it depends on by a way on which no tap stands.
+        calls: the tapped calls on the way, each a `Call.key`.
+        moving: the operations on the way that may move rows by indices; see `routes`.
+    """
+
+    escaped: set[Tensor]
+    calls: list[Any]
+    moving: list[Any]
+
+
+def reached(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Reached:
+    """Goes back from outputs to taps, and on from these.
+
+    The gradients of a parameter that is found past its taps would escape the norms: a weight used by another module than its own
+    (``F.linear(x, embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not
+    the child.
 
     Args:
         outputs: a loss, or what a module returned; with their autograd graph.
         params: the parameters to look for.
         inputs: where the search ends.
 
-    Returns:
-        Those among ``params`` that are used outside of the layers that were tapped for them.
-
     Raises:
         NotImplementedError: if a part of the graph is hidden by reentrant checkpointing.
     """
     wanted = set(params)
-    found: set[Tensor] = set()
+    result = Reached(set(), [], [])
     todo = _nodes(outputs)
-    for node in _visit(todo, set(_nodes(inputs))):
+    for node in _visit(todo, set(_nodes(inputs)), result.moving):
         if type(node) is _TAP_NODE:
+            result.calls.append(node.pending)
             edges = [_behind(*edge) for edge in node.next_functions]
             end = 1 + len(node.pending.outputs)
             todo += edges[end:]
@@ -259,21 +298,26 @@ def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterab
                 if type(inner) is _TAP_NODE:
                     todo.append(inner)
                 elif _leaf(inner) in wanted and not node.pending.stands_for(inner.variable):
-                    found.add(inner.variable)
+                    result.escaped.add(inner.variable)
         elif type(node) is _REENTRANT_NODE:
             raise NotImplementedError(
                 "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on them; pass "
                 "use_reentrant=False"
             )
         elif _leaf(node) in wanted:
-            found.add(node.variable)
-    return found
+            result.escaped.add(node.variable)
+    return result
 
 
-def _visit(todo: list[Any], seen: set[Any]) -> Iterator[Any]:
+def _visit(todo: list[Any], seen: set[Any], moving: list[Any] | None = None) -> Iterator[Any]:
     """Taps and ends of a graph, each once, from the nodes in ``todo`` on; behind a tap only what the caller puts there.
 
     It runs over the whole graph of every step, so it is kept light.
+
+    Args:
+        todo: where to begin.
+        seen: what is not to be visited; it is added to.
+        moving: nodes that may move rows by indices are added to it.
     """
     while todo:
         node = todo.pop()
@@ -282,6 +326,8 @@ def _visit(todo: list[Any], seen: set[Any]) -> Iterator[Any]:
         seen.add(node)
         edges = () if type(node) is _TAP_NODE else node.next_functions
         if edges and type(node) is not _REENTRANT_NODE:
+            if moving is not None and moves_rows(node):
+                moving.append(node)
             for edge, place in edges:
                 todo.append(edge if type(edge) is not _FSDP_NODE else _behind(edge, place))
         else:

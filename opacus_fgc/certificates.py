@@ -1,0 +1,528 @@
+"""Certificates: proofs, from the definition, of whose each row is, and that no sample touches another's.
+
+*Backward.* Under loss weights ``w``, one a sample, the backprops of a row of sample ``n`` are ``w[n]`` times what they are under ones,
+and only then. Powers of two commute with rounding, so that this holds to the bit. It tells of the model, the criterion and all that
+is between them. *Forward.* With some samples of a batch replaced, in the same shapes, modes and random states, nothing that is
+computed for the others changes. That is what neighbouring data sets are.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from opacus_fgc.model_state import ModelState
+from opacus_fgc.samples import Replacement
+
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+"""What says nothing about a model whose forward fails with it."""
+
+EXPONENTS = tuple(exponent for exponent in range(-12, 13) if exponent)
+"""Of the powers of two that losses are weighted with."""
+
+_CHUNK = 2**20
+
+
+def sketch(value: Tensor, axis: int) -> Tensor:
+    """Three numbers that tell each row of a tensor from others, float64 of shape ``(rows, 3)``: two weighted sums, and one of sizes.
+
+    They are multiplied by a power of two, exactly, if the row is. The same rows of tensors of the same shape have the same ones.
+    """
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    rows = value.detach().movedim(axis, 0)
+    rows = torch.view_as_real(rows.resolve_conj()) if rows.is_complex() else rows
+    rows = rows.reshape(len(rows), math.prod(rows.shape[1:]))
+    size = rows.shape[1]
+    wide = torch.float32 if rows.device.type == "mps" else torch.float64
+    places = torch.arange(1, size + 1, dtype=wide, device=rows.device)
+    # Multiples of irrational numbers are spread evenly, and differ everywhere.
+    weights = torch.stack([(places * ratio).frac() + 0.5 for ratio in ((math.sqrt(5) - 1) / 2, math.sqrt(2) - 1)], 1)
+    parts = [part.to(wide) for part in rows.split(max(1, _CHUNK // max(1, size)))]
+    return torch.cat([torch.cat([part @ weights, part.abs().sum(1, keepdim=True)], 1) for part in parts])
+
+
+def _differ(first: Tensor, second: Tensor) -> Tensor:
+    """In which rows two sketches differ; shape ``(rows,)``."""
+    return ~((first == second) | (first.isnan() & second.isnan())).all(1)
+
+
+def owners(rows: int, size: int, samples: Tensor | None = None) -> Tensor | None:
+    """Which sample each row is taken to belong to; None if there is no saying.
+
+    Args:
+        rows: how many rows there are.
+        size: how many samples.
+        samples: the samples of the first rows, where they are known.
+    """
+    if samples is not None:
+        return samples[:rows].cpu()
+    if size == 0 or rows % size:
+        return None
+    return torch.arange(size).repeat_interleave(rows // size)
+
+
+# When
+
+
+@dataclass
+class Schedule:
+    """When certificates are made: at first, whenever something is new, and again at passes that thin out.
+
+    Args:
+        how: "always": in each backward pass; "thinning": whenever something structural is new, and again when there have been
+            twice as many passes as at the last time; "never".
+
+    Attributes:
+        passes: how many backward passes there were.
+    """
+
+    how: str = "thinning"
+    passes: int = 0
+    _next: int = 1
+    _largest: int = 1
+    _certified: set[Hashable] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.how not in ("always", "thinning", "never"):
+            raise ValueError(f"certify is {self.how!r}; it is 'always', 'thinning' or 'never'")
+
+    def is_due(self, size: int, structure: Hashable) -> bool:
+        """Whether a pass, which is counted by this, needs certificates.
+
+        Args:
+            size: number of its samples.
+            structure: what is equal for passes that the same certificate is for.
+        """
+        if self.how == "never" or size == 0:
+            return False
+        self.passes += 1
+        new = size > self._largest or structure not in self._certified
+        return self.how == "always" or new or self.passes >= self._next
+
+    def is_new(self, structure: Hashable) -> bool:
+        """Whether there is no certificate for such passes yet."""
+        return structure not in self._certified
+
+    def made(self, size: int, structure: Hashable) -> None:
+        """Notes that certificates were made."""
+        self._next = 2 * self.passes
+        if size > 1:
+            # A batch of one says nothing of how samples touch each other.
+            self._largest = max(self._largest, size)
+            self._certified.add(structure)
+
+
+# Backward
+
+
+class Output(NamedTuple):
+    """One output of a tapped call."""
+
+    call: Any
+    place: int
+
+
+class Backprops:
+    """What the taps of a step were shown in one backward pass, as sketches, in the order in which backward came to them.
+
+    Attributes:
+        sketches: of the backprops of each output.
+        half: whether there is float16 among them, whose range is too small for rounding to be that of all numbers.
+    """
+
+    def __init__(self) -> None:
+        self.sketches: dict[Output, Tensor] = {}
+        self.half = False
+
+    def see(self, call: Any, backprops: Sequence[Tensor]) -> None:
+        """Notes the backprops of the outputs of one call."""
+        self.half |= any(backprop.dtype is torch.float16 for backprop in backprops)
+        for place, backprop in enumerate(backprops):
+            if backprop.dim() > call.batch_axis:
+                self.sketches[Output(call.key, place)] = sketch(backprop, call.batch_axis)
+
+
+def weights(size: int, draws: int, generator: random.Random) -> list[Tensor]:
+    """Powers of two, one for each sample, float64 of shape ``(N,)`` each; so many draws of them.
+
+    Several draws are digits: as long as they can, they give no two samples the same ones.
+    """
+    base = len(EXPONENTS)
+    # Distinct numbers, whose digits are the exponents.
+    numbers = generator.sample(range(base**draws), size) if size <= base**draws else [
+        generator.randrange(base**draws) for _ in range(size)
+    ]
+    digits = [[EXPONENTS[number // base**draw % base] for number in numbers] for draw in range(draws)]
+    return [torch.tensor([2.0**exponent for exponent in of_draw], dtype=torch.float64) for of_draw in digits]
+
+
+def draws_that_tell(size: int) -> int:
+    """How many draws of weights tell all samples apart."""
+    return max(1, math.ceil(math.log(max(size, 2), len(EXPONENTS))))
+
+
+Pass = Callable[[Tensor], Backprops]
+"""A backward pass to the taps under loss weights, shape ``(N,)``."""
+
+
+def check_owners(
+    size: int, draws: list[Tensor], run: Pass, describe: Callable[[Any], str], on_all_ranks: Callable[[bool], bool]
+) -> None:
+    """Proves that each row that a tap sees belongs to the sample that it is taken for, and to no other.
+
+    Args:
+        size: number of samples.
+        draws: weights; see `weights`.
+        run: runs a backward pass.
+        describe: what to call a call's layer in errors.
+        on_all_ranks: whether something holds on all ranks that have to run as many passes as each other.
+
+    Raises:
+        NotImplementedError: if a row belongs to another sample, to several, or has a gradient that is not linear in the loss.
+    """
+    ones = torch.ones(size, dtype=torch.float64)
+    plain = run(ones)
+    weighted = [run(draw) for draw in draws]
+    suspects = _wrong_rows(size, draws, plain, weighted, None)
+    if on_all_ranks(not suspects):
+        return
+    # Kernels that are not deterministic, and numbers too small to be rounded as others are, do not tell.
+    noise = [_noise(plain, run(ones)), *(_noise(one, run(draw)) for one, draw in zip(weighted, draws, strict=True))]
+    suspects = _wrong_rows(size, draws, plain, weighted, noise)
+    doubled = run(8 * ones)
+    error = _owner_error(size, draws, plain, weighted, doubled, suspects[0], describe) if suspects else None
+    raise_on_all_ranks(error, on_all_ranks)
+
+
+def raise_on_all_ranks(error: Exception | None, on_all_ranks: Callable[[bool], bool]) -> None:
+    """Raises an error, or another one if there is one on another rank."""
+    if on_all_ranks(error is None):
+        return
+    raise error or NotImplementedError("another rank refuses the model; see its error")
+
+
+def _owner_error(
+    size: int,
+    draws: list[Tensor],
+    plain: Backprops,
+    weighted: list[Backprops],
+    doubled: Backprops,
+    suspect: tuple[Output, list[int]],
+    describe: Callable[[Any], str],
+) -> NotImplementedError:
+    key, rows = suspect
+    layer, of_ones = describe(key.call), plain.sketches[key]
+    several = doubled.sketches.get(key, of_ones)
+    if _beyond(several - 8 * of_ones, 8 * of_ones, plain.half).any():
+        return NotImplementedError(
+            f"{layer} gets a gradient that is not linear in the loss: for 8 times the loss it is not 8 times as large. Between this "
+            "layer and the loss there is a gradient hook, or an autograd.Function with a backward of its own, that clamps, "
+            "normalizes or the like, so that clipping a sample's loss does not clip its gradient. Remove it: each sample's gradient "
+            "is clipped as a whole anyway"
+        )
+    belongs = _owners_found(draws, of_ones, [one.sketches.get(key, of_ones) for one in weighted])
+    if belongs is not None:
+        return NotImplementedError(
+            f"{layer}: its rows are not samples: it was called on {len(belongs)} rows for {size} samples, and they do not follow each "
+            f"other sample by sample, as many for each: row {rows[0]} belongs to sample {belongs[rows[0]]}. {PADDING}"
+        )
+    return NotImplementedError(
+        f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the model, the criterion, "
+        "or what is between this layer and the loss (a batch norm, a mean, a similarity or a shift over the batch; negatives from "
+        "the batch; a term of the whole batch in each loss). Then no sample has a gradient of its own. Let each sample's loss depend "
+        "on that sample alone"
+    )
+
+
+PADDING = (
+    "Where samples have different numbers of rows (layer(x[mask]), tokens that are routed, graphs in one batch), pad them to the same "
+    "number and use a mask. Where a batch is torch.cat of several views, call the layer once for each view, or put the views on "
+    "an axis of their own in the model's forward, (N, K, ...)"
+)
+"""What to do about layers whose rows are not the samples, or the same number of rows for each."""
+
+
+_SMALLEST = 2.0**-100
+"""Sums of sizes below which rounding is not that of larger numbers; they are nothing beside any clipping norm."""
+
+
+def _beyond(difference: Tensor, scale: Tensor, half: bool) -> Tensor:
+    """In which rows a difference is more than rounding where numbers are too small, or half precision."""
+    size = scale[:, 2:].nan_to_num()
+    tolerance = size * 2.0**-4 if half else torch.zeros_like(size)
+    return (difference.nan_to_num().abs() > tolerance + _SMALLEST).any(1)
+
+
+def _wrong_rows(
+    size: int, draws: list[Tensor], plain: Backprops, weighted: list[Backprops], noise: list[Mapping[Output, Tensor]] | None
+) -> list[tuple[Output, list[int]]]:
+    """The outputs of which some rows are not what they have to be, and these rows."""
+    result = []
+    for key, of_ones in plain.sketches.items():
+        expected = owners(len(of_ones), size, key.call.samples)
+        if expected is None:
+            if len(of_ones) and bool((of_ones[:, 2] != 0).any()):
+                result.append((key, list(range(len(of_ones)))))
+            continue
+        bad = torch.zeros(len(of_ones), dtype=torch.bool)
+        for place, (draw, one) in enumerate(zip(draws, weighted, strict=True)):
+            factor = draw[expected].to(of_ones)[:, None]
+            wanted, got = of_ones * factor, one.sketches.get(key, torch.zeros_like(of_ones))
+            wrong = _differ(wanted, got)
+            if noise is not None:
+                allowed = 8 * (noise[0].get(key, 0) * factor + noise[1 + place].get(key, 0))
+                wrong &= ((got - wanted).nan_to_num().abs() > allowed).any(1) & _beyond(got - wanted, wanted, plain.half)
+            bad |= wrong.cpu()
+        if bad.any():
+            result.append((key, bad.nonzero().flatten().tolist()))
+    return result
+
+
+def _noise(first: Backprops, second: Backprops) -> dict[Output, Tensor]:
+    """By how much two passes that should be the same differ, a number for each of the columns."""
+    return {
+        key: (value - second.sketches.get(key, value)).nan_to_num().abs().amax(0, keepdim=True)
+        for key, value in first.sketches.items()
+        if len(value)
+    }
+
+
+def _owners_found(draws: list[Tensor], plain: Tensor, weighted: list[Tensor]) -> list[int] | None:
+    """The sample that each row belongs to by its ratios; None if a row has none. Rows of zeros are taken for sample 0's."""
+    found = torch.ones(len(plain), len(draws[0]), dtype=torch.bool, device=plain.device)
+    for draw, one in zip(draws, weighted, strict=True):
+        scaled = plain[:, None] * draw.to(plain)[:, None]
+        found &= ((scaled == one[:, None]) | (scaled.isnan() & one[:, None].isnan())).all(2)
+    return found.int().argmax(1).tolist() if found.any(1).all() else None
+
+
+# Forward
+
+
+class Seen(NamedTuple):
+    """What is kept of a tensor that a forward came by.
+
+    Attributes:
+        key: the layer that has it; None for what the model returned.
+        name: what to call it.
+        shape: of the tensor.
+        sketches: its rows along each axis that may count samples, with their number.
+        samples: the samples of its rows, where they are known.
+    """
+
+    key: Any
+    name: str
+    shape: torch.Size
+    sketches: list[Tensor]
+    samples: Tensor | None = None
+
+
+def look_at(key: Any, name: str, value: Tensor, axes: Sequence[int], samples: Tensor | None = None) -> Seen:
+    """Keeps of a tensor what `check_independence` compares: sketches of rows instead of themselves."""
+    axes = [axis for axis in axes if axis < value.dim()]
+    return Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples)
+
+
+class Forward(NamedTuple):
+    """What a forward came by, and the state that it left."""
+
+    seen: list[Seen]
+    after: ModelState
+
+
+Run = Callable[[Replacement | None, ModelState | None], Forward]
+"""Runs a forward again, on the batch as it is or with samples replaced, from the state that there is or from another."""
+
+
+def replacements(size: int, axis: int, shared: set[str], generator: random.Random, enlarge: bool) -> list[Replacement]:
+    """What is tried in turn, until a forward can be compared: half of the samples replaced by others.
+
+    Args:
+        size: number of samples.
+        axis: the axis that counts them.
+        shared: paths of inputs that are known to have no samples in them.
+        generator: chooses the samples.
+        enlarge: whether features may be enlarged, so that what is an index then fails with an error, and does no more.
+    """
+    chosen = sorted(generator.sample(range(size), max(1, size // 2))) if size else []
+    sources = [generator.choice([other for other in range(size) if other != place] or [place]) for place in chosen]
+    return [
+        Replacement(size, chosen, sources, axis, enlarged, vectors, shared)
+        for enlarged in ((True, False) if enlarge else (False,))
+        for vectors in (True, False)
+    ]
+
+
+def check_independence(
+    name: str,
+    tries: Sequence[Replacement],
+    run: Run,
+    certified: Callable[[Any], bool],
+    on_all_ranks: Callable[[bool], bool],
+) -> None:
+    """Proves that nothing that a forward computes for a sample depends on another one.
+
+    Args:
+        name: what to call the model in errors.
+        tries: replacements of samples; the first one with which the forward does the same on tensors of the same shapes counts.
+        run: runs the forward.
+        certified: of which layers the rows count: those that the loss depends on.
+        on_all_ranks: whether something holds on all ranks that have to run as many forwards as each other.
+
+    Raises:
+        NotImplementedError: if something of a sample depends on another, or it cannot be told.
+    """
+    first, why = _tried(run, None)
+    raise_on_all_ranks(
+        NotImplementedError(f"{name}: whether samples touch each other cannot be told: the forward cannot be run again: {why}")
+        if first is None
+        else None,
+        on_all_ranks,
+    )
+    assert first is not None
+    for replacement in tries:
+        other, why = _tried(run, replacement)
+        if other is not None and not why:
+            why = _incomparable(first, other, replacement)
+        if on_all_ranks(not why):
+            break
+    else:
+        raise NotImplementedError(
+            f"{name}: whether samples touch each other cannot be told: {why or 'it cannot be told on another rank'}. Nothing may "
+            "depend on the other samples of a batch: not which layers are called, nor on what shapes. Pass the batch in tensors (in "
+            "tuples, lists, dicts, dataclasses) that have one row a sample"
+        )
+    assert other is not None
+    suspects = _changed(first, other, replacement, certified, None)
+    if not on_all_ranks(not suspects):
+        # Kernels that are not deterministic tell by how much.
+        again = run(None, None)
+        if _structure(again) == _structure(first):
+            suspects = _changed(first, other, replacement, certified, _differences(first, again))
+        raise_on_all_ranks(_mixing_error(suspects[0], replacement) if suspects else None, on_all_ranks)
+    _compare_states(name, first, other, run, certified, on_all_ranks)
+
+
+def _tried(run: Run, replacement: Replacement | None) -> tuple[Forward | None, str]:
+    try:
+        return run(replacement, None), ""
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:
+        on = "when samples are replaced by others of the batch" if replacement is not None else "on the same batch"
+        return None, f"the forward fails {on}: {type(error).__name__}: {error}"
+
+
+def _incomparable(first: Forward, other: Forward, replacement: Replacement) -> str:
+    """Why two forwards cannot be compared; nothing if they can."""
+    if not replacement.replaced and replacement.size:
+        if replacement.opaque:
+            return f"what is in {', '.join(sorted(replacement.opaque))} does not show"
+        return f"none of its inputs has a row for each of the {replacement.size} samples"
+    if _structure(first) != _structure(other):
+        return "with samples replaced by others of the batch, other layers are called, or on other shapes"
+    return ""
+
+
+def _structure(forward: Forward) -> list[Any]:
+    return [(one.key, one.shape) for one in forward.seen]
+
+
+def _differences(first: Forward, second: Forward) -> list[list[Tensor]]:
+    """By how much two forwards differ, a number for each tensor, axis and column."""
+    return [
+        [(a - b).nan_to_num().abs().amax(0, keepdim=True) if len(a) else a for a, b in zip(x.sketches, y.sketches, strict=True)]
+        for x, y in zip(first.seen, second.seen, strict=True)
+    ]
+
+
+def _mixing_error(where: Seen, replacement: Replacement) -> NotImplementedError:
+    return NotImplementedError(
+        f"{where.name} gives a sample another value when other samples of the batch are replaced, so the model mixes samples (by a batch "
+        "norm, or a mean or a shift over the batch or over ranks; in training mode, with random numbers, or without a gradient). Then "
+        "no sample has a gradient of its own. Let what is computed for a sample depend on that sample alone. (Taken for samples: "
+        f"{', '.join(sorted(replacement.replaced))}.)"
+    )
+
+
+def _changed(
+    first: Forward,
+    other: Forward,
+    replacement: Replacement,
+    certified: Callable[[Any], bool],
+    noise: list[list[Tensor]] | None,
+) -> list[Seen]:
+    """What is not the same for samples that were not replaced."""
+    result = []
+    for place, (one, two) in enumerate(zip(first.seen, other.seen, strict=True)):
+        if one.key is not None and not certified(one.key):
+            continue
+        # Of what a model returns any axis may count the samples.
+        wrong = [
+            _kept_rows_differ(a, b, replacement, one.samples, None if noise is None else noise[place][axis])
+            for axis, (a, b) in enumerate(zip(one.sketches, two.sketches, strict=True))
+            if one.key is not None or len(a) == replacement.size
+        ]
+        if wrong and all(wrong):
+            result.append(one)
+    return result
+
+
+def _kept_rows_differ(
+    first: Tensor, second: Tensor, replacement: Replacement, samples: Tensor | None, noise: Tensor | None
+) -> bool:
+    expected = owners(len(first), replacement.size, samples)
+    if expected is None and len(first) != 1:
+        # Nobody knows whose these rows are; backward refuses them.
+        return False
+    # One row is shared by the batch.
+    kept = torch.ones(1, dtype=torch.bool) if expected is None else ~torch.isin(expected, torch.tensor(replacement.chosen))
+    a, b = (side[kept.to(side.device)] for side in (first, second))
+    differ = _differ(a, b)
+    if noise is not None:
+        differ &= ((a - b).nan_to_num().abs() > 8 * noise).any(1)
+    return bool(differ.any())
+
+
+def _compare_states(
+    name: str,
+    first: Forward,
+    other: Forward,
+    run: Run,
+    certified: Callable[[Any], bool],
+    on_all_ranks: Callable[[bool], bool],
+) -> None:
+    """Refuses data in buffers, and data in attributes that the next forward depends on."""
+    differ = first.after.differs_from(other.after)
+    buffers = sorted(differ & (first.after.buffers | other.after.buffers))
+    error = None
+    if buffers:
+        error = NotImplementedError(
+            f"{name} changes its buffers {', '.join(buffers)} in forward, by what it is called on. They may carry one sample's data to "
+            "another's output, and leave with the model without noise. Replace the layer (opacus.validators.ModuleValidator.fix does "
+            "so for batch norms), or keep the data out of its buffers"
+        )
+    raise_on_all_ranks(error, on_all_ranks)
+    if on_all_ranks(not differ):
+        return
+    one, two = run(None, first.after), run(None, other.after)
+    same = _structure(one) == _structure(two) and not any(
+        bool(_differ(a, b).any())
+        for x, y in zip(one.seen, two.seen, strict=True)
+        if x.key is None or certified(x.key)
+        for a, b in zip(x.sketches, y.sketches, strict=True)
+    )
+    if not same:
+        error = NotImplementedError(
+            f"{name} keeps what it computes from a batch in {', '.join(sorted(differ))}, and its next forward depends on that, so that it "
+            "mixes samples of several batches. Reset it before each forward, or pass it as an argument"
+        )
+    raise_on_all_ranks(error, on_all_ranks)

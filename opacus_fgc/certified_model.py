@@ -1,0 +1,143 @@
+"""A model whose backward passes are certified: each row belongs to the sample that it counts for, and no sample touches another."""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_fgc.certificates import (
+    Backprops,
+    Forward,
+    Schedule,
+    check_independence,
+    check_owners,
+    draws_that_tell,
+    look_at,
+    replacements,
+    weights,
+)
+from opacus_fgc.checks import describe
+from opacus_fgc.entrances import Entrance
+from opacus_fgc.model_state import ModelState, restored
+from opacus_fgc.record import Record
+from opacus_fgc.routes import arrangement
+from opacus_fgc.samples import Replacement, copied, tensors_of
+from opacus_fgc.tapped_model import TappedModel
+from opacus_fgc.taps import Reached
+
+
+class CertifiedModel(TappedModel):
+    """A tapped model that proves of a backward pass what its norms rely on; see `certificates`.
+
+    Attributes:
+        schedule: when that is done.
+    """
+
+    schedule: Schedule
+    _witness: Backprops | None = None
+    _choices: random.Random | None = None
+
+    def certify(self, loss_per_sample: Tensor, reached: Reached, record: Record, loss_scale: float) -> None:
+        """Proves, if it is time to, that a loss has per-sample gradients, and that its taps see them.
+
+        Args:
+            loss_per_sample: shape ``(N,)``.
+            reached: what it depends on.
+            record: the state of the step.
+            loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
+
+        Raises:
+            NotImplementedError: if they do not, or it cannot be told.
+        """
+        size, structure = len(loss_per_sample), self._structure(len(loss_per_sample), reached, record)
+        due, draws = self.layout.most(
+            [self.schedule.is_due(size, structure), draws_that_tell(size) if self.schedule.is_new(structure) else 1]
+        )
+        if not due:
+            return
+        if self._choices is None:
+            # Ranks that work on the same samples have to choose the same ones.
+            seed = secrets.token_bytes(16)
+            self._choices = random.Random(self.layout.common(seed) if self.layout.forward_communicates else seed)
+
+        def backward(weights: Tensor) -> Backprops:
+            self._witness = witness = Backprops()
+            try:
+                loss = loss_scale * (weights.to(loss_per_sample) * loss_per_sample).sum()
+                torch.autograd.grad(loss, self._anchor, retain_graph=True, allow_unused=True)
+            finally:
+                self._witness = None
+            return witness
+
+        check_owners(
+            size,
+            weights(size, draws, self._choices),
+            backward,
+            lambda key: self._tapped(key.layer).name,
+            self.layout.on_all_ranks,
+        )
+        layers = {call.layer for call in reached.calls}
+        for entrance in self._entrances(reached):
+            check_independence(
+                describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
+                self._replacements(entrance, size),
+                lambda replacement, state, entrance=entrance: self._run_again(entrance, size, replacement, state),
+                layers.__contains__,
+                self.layout.on_all_ranks,
+            )
+        self.schedule.made(size, structure)
+
+    def _structure(self, size: int, reached: Reached, record: Record) -> Hashable:
+        """What is equal for passes that one certificate is for."""
+        layers = {(call.layer, call.rows == size, call.samples is None) for call in reached.calls}
+        modes = {(entrance.module, entrance.modes) for entrance in self._entrances(reached)}
+        known = {order.data_ptr() for order in record.orders}
+        moved = arrangement(reached.moving, self.batch_first, known)
+        return size > 1, frozenset(layers), frozenset(modes), frozenset(record.changed_buffers), moved
+
+    @staticmethod
+    def _entrances(reached: Reached) -> list[Entrance]:
+        return list(dict.fromkeys(call.entrance for call in reached.calls if call.entrance is not None))
+
+    def _name_of(self, entrance: Entrance) -> str:
+        paths = {module: path for path, module in self._module.named_modules()}
+        return describe(paths[entrance.module], entrance.module)
+
+    def _replacements(self, entrance: Entrance, size: int) -> list[Replacement]:
+        assert self._choices is not None
+        shared = self._shared_inputs.setdefault(entrance.module, set())
+        # On other devices an index out of range is an error that nothing recovers from.
+        enlarge = all(tensor.device.type == "cpu" for tensor in tensors_of(entrance.inputs))
+        return replacements(size, 0 if self.batch_first else 1, shared, self._choices, enlarge)
+
+    def _run_again(
+        self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None
+    ) -> Forward:
+        try:
+            return self._run(entrance, size, replacement, state, keep=False)
+        except (RuntimeError, NotImplementedError):
+            # Some forwards go backward themselves, or through torch.func, which takes no hooks on saved tensors.
+            return self._run(entrance, size, replacement, state, keep=True)
+
+    def _run(
+        self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None, keep: bool
+    ) -> Forward:
+        with entrance.again(keep) as random_states, restored(self._module):
+            if state is not None:
+                state.restore()
+            random_states.restore()
+            inputs = copied(entrance.inputs) if replacement is None else replacement(entrance.inputs)
+            self._seen = seen = []
+            try:
+                output = self._trial(entrance.module, inputs, size)
+            finally:
+                self._seen = None
+            for tensor in tensors_of(output):
+                axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] == size]
+                seen.append(look_at(None, "what the model returns", tensor, axes))
+            return Forward(seen, ModelState(self._module))

@@ -1,0 +1,123 @@
+"""What a model keeps from one forward to the next: its buffers, and the plain attributes of its modules."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+_VALUES = (bool, int, float, complex, str, bytes, type(None))
+
+
+class ModelState:
+    """A copy of the buffers of a model, of the plain attributes of its modules, and of all that is in these.
+
+    Containers and objects in attributes are looked into, but for modules, functions, types, and objects of torch that are no
+    tensors or generators of random numbers.
+
+    Args:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.values: dict[str, Any] = {}
+        self._buffers = {module: dict(module._buffers) for module in model.modules()}
+        self._attributes: list[tuple[dict, dict]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._generators: list[tuple[Any, Any]] = []
+        self._known: set[int] = set()
+        self.buffers = {path for path, _ in model.named_buffers()}
+        for path, buffer in model.named_buffers():
+            self._note(path, buffer)
+        for path, module in model.named_modules():
+            own = {name: value for name, value in vars(module).items() if name not in _OF_MODULES}
+            self._attributes.append((vars(module), {**own, "training": module.training}))
+            for name, value in own.items():
+                self._note(f"{path}.{name}".lstrip("."), value)
+
+    def _note(self, path: str, value: Any) -> None:
+        if isinstance(value, _VALUES):
+            self.values[path] = value
+            return
+        if isinstance(value, nn.Parameter) or id(value) in self._known:
+            return
+        self._known.add(id(value))
+        if isinstance(value, Tensor):
+            self.values[path] = copy = value.detach().clone()
+            self._tensors[id(value)] = (value, copy)
+        elif isinstance(value, torch.Generator):
+            self._generators.append((value, value.get_state()))
+        elif isinstance(value, (dict, list, deque, set)):
+            self._containers.append((value, value.copy()))
+            self.values[path] = len(value)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for place, item in items:
+                self._note(f"{path}[{place!r}]", item)
+        elif isinstance(value, tuple):
+            for place, item in enumerate(value):
+                self._note(f"{path}[{place}]", item)
+        elif _is_object(value):
+            self._attributes.append((vars(value), dict(vars(value))))
+            for name, item in vars(value).items():
+                self._note(f"{path}.{name}", item)
+
+    def restore(self) -> None:
+        """Makes all of it what it was."""
+        for module, table in self._buffers.items():
+            module._buffers.clear()
+            module._buffers.update(table)
+        for attributes, before in self._attributes:
+            for name in attributes.keys() - before.keys() - _OF_MODULES:
+                del attributes[name]
+            attributes.update(before)
+        for container, before in self._containers:
+            container.clear()
+            (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+        for generator, state in self._generators:
+            generator.set_state(state)
+        with torch.no_grad():
+            for tensor, before in self._tensors.values():
+                # What autograd made cannot be written to, and is replaced rather than changed.
+                if tensor.is_leaf and tensor.shape == before.shape and not torch.equal(tensor, before):
+                    tensor.copy_(before)
+
+    def differs_from(self, other: ModelState) -> set[str]:
+        """The paths of what is not the same in both."""
+        paths = self.values.keys() | other.values.keys()
+        return {path for path in paths if not _same(self.values.get(path, paths), other.values.get(path, paths))}
+
+
+def _is_object(value: Any) -> bool:
+    if callable(value) or isinstance(value, (type, nn.Module)) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in ("torch", "builtins", __package__)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        return torch.equal(first, second) or bool(torch.isclose(first, second, 0, 0, equal_nan=True).all())
+    if isinstance(first, float) and isinstance(second, float):
+        return first == second or (first != first and second != second)
+    return type(first) is type(second) and first == second
+
+
+@contextmanager
+def restored(model: nn.Module) -> Iterator[ModelState]:
+    """A context after which the state of a model is as before it, so that autograd need not know."""
+    before = ModelState(model)
+    with ExitStack() as versions:
+        for tensor, _ in before._tensors.values():
+            with suppress(RuntimeError):  # of inference mode
+                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+        try:
+            yield before
+        finally:
+            before.restore()

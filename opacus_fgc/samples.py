@@ -1,0 +1,264 @@
+"""Samples in whatever a model is called with: how many there are, and the same batch with some of them replaced."""
+
+from __future__ import annotations
+
+import copy
+import enum
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, range, slice)
+_FACTOR = -1024.0
+
+Change = Callable[[str, Any], Any]
+"""Called with the path and the value of a tensor, a packed sequence, or a list; gives what comes in its place, or `UNCHANGED`."""
+
+UNCHANGED = object()
+
+
+def mapped(
+    tree: Any, change: Change, path: str = "", opaque: set[str] | None = None, around: frozenset[int] = frozenset()
+) -> Any:
+    """A copy of any nesting with other tensors in it: of tuples, lists, mappings, and objects with attributes.
+
+    Args:
+        tree: the nesting. It is not changed.
+        change: says what comes in the place of a tensor, a packed sequence or a whole list; see `Change`.
+        path: what to call ``tree``.
+        opaque: the paths of what cannot be looked into are added to it.
+        around: what ``tree`` is in, by id, for objects that are in themselves.
+    """
+    if id(tree) in around:
+        return tree
+    around = around | {id(tree)}
+    if isinstance(tree, (Tensor, PackedSequence)):
+        new = change(path, tree)
+        return tree if new is UNCHANGED else new
+    if isinstance(tree, _PLAIN) or tree is None:
+        return tree
+    if isinstance(tree, (list, tuple)):
+        new = change(path, tree)
+        if new is not UNCHANGED:
+            return new
+        values = [mapped(value, change, f"{path}[{place}]", opaque, around) for place, value in enumerate(tree)]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)  # type: ignore[call-arg]
+    if isinstance(tree, Mapping):
+        result: Any = {} if type(tree) is dict else copy.copy(tree)
+        for key, value in tree.items():
+            result[key] = mapped(value, change, f"{path}[{key!r}]", opaque, around)
+        return result
+    if hasattr(tree, "__dict__") and not callable(tree) and not isinstance(tree, nn.Module):
+        result = copy.copy(tree)
+        for name, value in vars(tree).items():
+            object.__setattr__(result, name, mapped(value, change, f"{path}.{name}", opaque, around))
+        return result
+    if opaque is not None and not callable(tree):
+        opaque.add(f"{path or 'the argument'} ({type(tree).__name__})")
+    return tree
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """The tensors in any nesting, in order, also in objects with attributes."""
+    found: list[Tensor] = []
+
+    def note(path: str, value: Any) -> Any:
+        if isinstance(value, PackedSequence):
+            found.append(value.data)
+        elif isinstance(value, Tensor):
+            found.append(value)
+        return UNCHANGED
+
+    mapped(tree, note)
+    return found
+
+
+def copied(tree: Any) -> Any:
+    """A copy of any nesting, with tensors that have no graph behind them."""
+
+    def change(path: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().clone().requires_grad_(value.requires_grad)
+        return value._replace(data=change(path, value.data)) if isinstance(value, PackedSequence) else UNCHANGED
+
+    return mapped(tree, change)
+
+
+@dataclass
+class Replacement:
+    """Which samples of a batch are replaced, and by what.
+
+    In place of a chosen sample comes what another sample has, so that values stay in their range. Where floating-point features
+    are no whole numbers they are enlarged, so that statistics of the batch move by much. What has the values 0 and 1 only, as masks
+    have, stays: models ask whether a mask masks anything, and run other kernels then.
+
+    Attributes:
+        size: number of samples in the batch.
+        chosen: those that are replaced.
+        sources: for each of them another sample.
+        axis: the axis of tensors that counts samples.
+        enlarge: whether features are enlarged.
+        vectors: whether whole numbers of shape ``(N,)``, which may be lengths, are replaced as well.
+        shared: paths of tensors that are known to have no samples in them; it is added to.
+        opaque: what could not be looked into.
+        replaced: the paths of what was replaced.
+    """
+
+    size: int
+    chosen: list[int]
+    sources: list[int]
+    axis: int
+    enlarge: bool = True
+    vectors: bool = True
+    shared: set[str] = field(default_factory=set)
+    opaque: set[str] = field(default_factory=set)
+    replaced: set[str] = field(default_factory=set)
+
+    def __call__(self, tree: Any) -> Any:
+        """A copy of the batch with the chosen samples replaced."""
+        copy = copied(tree)
+        self.opaque, self.replaced = set(), set()
+        result = mapped(copy, self._change(1), "", self.opaque)
+        if self.replaced:
+            return result
+        # No tensor has a row a sample; perhaps some have several.
+        return mapped(copy, self._change(None), "", set())
+
+    def _change(self, rows_per_sample: int | None) -> Change:
+        def change(path: str, value: Any) -> Any:
+            if isinstance(value, PackedSequence):
+                return value._replace(data=self._of_packed(path, value))
+            if isinstance(value, Tensor):
+                return self._of_tensor(path, value, rows_per_sample)
+            return self._of_list(path, value)
+
+        return change
+
+    def _of_tensor(self, path: str, value: Tensor, rows_per_sample: int | None) -> Any:
+        if value.dim() <= self.axis:
+            return UNCHANGED
+        rows = value.shape[self.axis]
+        if rows != self.size and rows_per_sample == 1 and rows % self.size:
+            self.shared.add(path)
+        if path in self.shared or rows == 0 or rows % self.size or rows_per_sample not in (None, rows // self.size):
+            return UNCHANGED
+        several = rows // self.size
+        places = [place * several + row for place in self.chosen for row in range(several)]
+        others = [place * several + row for place in self.sources for row in range(several)]
+        return self._with_rows(path, value, self.axis, places, others)
+
+    def _with_rows(self, path: str, value: Tensor, axis: int, places: list[int], others: list[int]) -> Any:
+        at, source = (torch.tensor(rows, device=value.device) for rows in (places, others))
+        with torch.no_grad():
+            own, new = value.index_select(axis, at), value.index_select(axis, source)
+            whole = not (value.is_floating_point() or value.is_complex())
+            if whole and _is_mask(value):
+                return UNCHANGED
+            if whole and value.dim() == 1 and not self.vectors:
+                return UNCHANGED
+            if not whole and self.enlarge:
+                fractional = value != value.round() if value.is_floating_point() else value != 0
+                fractional = (fractional & value.isfinite()).any(axis, keepdim=True)
+                factor = _FACTOR if value.element_size() > 2 else -4.0
+                new = torch.where(fractional, new * factor, new)
+            if torch.equal(own, new):
+                new = _other_than(own)
+            self.replaced.add(path)
+            return value.detach().index_copy(axis, at, new).requires_grad_(value.requires_grad)
+
+    def _of_packed(self, path: str, packed: PackedSequence) -> Any:
+        """The rows of the chosen samples get those of other samples at the same positions."""
+        samples = packed.sorted_indices
+        samples = torch.arange(int(packed.batch_sizes[0])) if samples is None else samples
+        places, others, start = [], [], 0
+        for size in packed.batch_sizes.tolist():
+            here = samples[:size].tolist()
+            for place, sample in enumerate(here):
+                if sample in self.chosen:
+                    places.append(start + place)
+                    others.append(start + (place + 1) % size)
+            start += size
+        new = self._with_rows(path, packed.data, 0, places, others)
+        return packed.data if new is UNCHANGED else new
+
+    def _of_list(self, path: str, values: Any) -> Any:
+        """Lists with an entry a sample: of numbers, texts, or tensors of which none counts samples itself."""
+        if len(values) != self.size or hasattr(values, "_fields") or path in self.shared:
+            return UNCHANGED
+        if all(isinstance(value, (bool, int, float, str, bytes)) for value in values):
+            if all(isinstance(value, bool) for value in values):
+                return UNCHANGED
+            new = list(values)
+            for place, source in zip(self.chosen, self.sources, strict=True):
+                new[place] = values[source]
+        elif all(isinstance(value, Tensor) for value in values):
+            if any(value.dim() > self.axis and value.shape[self.axis] == self.size for value in values):
+                return UNCHANGED
+            new = list(values)
+            for place in self.chosen:
+                new[place] = _other_than(values[place], _FACTOR if self.enlarge else 1.0)
+        else:
+            return UNCHANGED
+        self.replaced.add(path)
+        return type(values)(new)
+
+
+def _is_mask(value: Tensor) -> bool:
+    return value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all())
+
+
+def _other_than(value: Tensor, factor: float = 1.0) -> Tensor:
+    """A tensor like another, with other values in it that are likely to have a meaning too."""
+    flipped = value.flip(tuple(range(value.dim())))
+    if not torch.equal(flipped, value):
+        return flipped * factor if value.is_floating_point() and factor != 1.0 else flipped
+    if value.dtype is torch.bool:
+        return ~value
+    if value.is_floating_point() or value.is_complex():
+        return value * factor + 1
+    return torch.where(value > 0, value - 1, value + 1)
+
+
+def batch_size(inputs: Any, axis: int) -> int | None:
+    """The number of samples that a model is called on, None if it does not show; inputs of one row may be shared.
+
+    Args:
+        inputs: any nesting.
+        axis: the axis that counts samples. Where it is the second, of ``(T, N)`` and ``(N, features)`` nobody can tell which it is.
+    """
+    packed = False
+    sizes = []
+
+    def note(path: str, value: Any) -> Any:
+        nonlocal packed
+        packed |= isinstance(value, PackedSequence)
+        if isinstance(value, Tensor) and value.dim() >= (1 if axis == 0 else 3):
+            sizes.append(value.shape[axis])
+        return UNCHANGED
+
+    mapped(inputs, note)
+    if packed or not sizes:
+        return None
+    return next((size for size in sizes if size != 1), 1)
+
+
+def some_samples(inputs: Any, size: int, start: int, length: int, axis: int) -> Any:
+    """Some of the samples of a batch, in any nesting; what has no axis of ``size`` is left as it is.
+
+    Where the batch has not as many, they are taken again, or are zeros where it has none.
+    """
+
+    def narrow(path: str, tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or tensor.dim() <= axis or tensor.shape[axis] != size:
+            return UNCHANGED
+        if start + length <= size:
+            return tensor.narrow(axis, start, length)
+        if size:
+            return tensor.index_select(axis, torch.arange(start, start + length, device=tensor.device) % size)
+        return tensor.new_zeros(*tensor.shape[:axis], length, *tensor.shape[axis + 1 :])
+
+    return mapped(inputs, narrow)
