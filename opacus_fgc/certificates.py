@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 EXPONENTS = tuple(exponent for exponent in range(-12, 13) if exponent)
 """Of the powers of two that losses are weighted with."""
 
-_CHUNK = 2**20
+_CHUNK = 2**16
 
 
 def sketch(value: Tensor, axis: int) -> Tensor:
@@ -93,6 +94,13 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.how not in ("always", "thinning", "never"):
             raise ValueError(f"certify is {self.how!r}; it is 'always', 'thinning' or 'never'")
+        if self.how == "never":
+            warnings.warn(
+                "certify='never': nothing proves that each row that a layer works on belongs to one sample, nor that what is computed "
+                "for a sample depends on that sample alone. If the model or the criterion mixes samples, one of them can move the "
+                "clipped sum by any multiple of max_grad_norm, and nobody will notice",
+                stacklevel=4,
+            )
 
     def is_due(self, size: int, structure: Hashable) -> bool:
         """Whether a pass, which is counted by this, needs certificates.
@@ -106,6 +114,11 @@ class Schedule:
         self.passes += 1
         new = size > self._largest or structure not in self._certified
         return self.how == "always" or new or self.passes >= self._next
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether the next pass is due whatever it is like."""
+        return self.how != "never" and (self.how == "always" or self.passes + 1 >= self._next)
 
     def is_new(self, structure: Hashable) -> bool:
         """Whether there is no certificate for such passes yet."""
@@ -157,9 +170,11 @@ def weights(size: int, draws: int, generator: random.Random) -> list[Tensor]:
     """
     base = len(EXPONENTS)
     # Distinct numbers, whose digits are the exponents.
-    numbers = generator.sample(range(base**draws), size) if size <= base**draws else [
-        generator.randrange(base**draws) for _ in range(size)
-    ]
+    numbers = (
+        generator.sample(range(base**draws), size)
+        if size <= base**draws
+        else [generator.randrange(base**draws) for _ in range(size)]
+    )
     digits = [[EXPONENTS[number // base**draw % base] for number in numbers] for draw in range(draws)]
     return [torch.tensor([2.0**exponent for exponent in of_draw], dtype=torch.float64) for of_draw in digits]
 
@@ -187,6 +202,7 @@ def check_owners(
 
     Raises:
         NotImplementedError: if a row belongs to another sample, to several, or has a gradient that is not linear in the loss.
+        ValueError: if there are more losses than rows.
     """
     ones = torch.ones(size, dtype=torch.float64)
     plain = run(ones)
@@ -217,7 +233,7 @@ def _owner_error(
     doubled: Backprops,
     suspect: tuple[Output, list[int]],
     describe: Callable[[Any], str],
-) -> NotImplementedError:
+) -> Exception:
     key, rows = suspect
     layer, of_ones = describe(key.call), plain.sketches[key]
     several = doubled.sketches.get(key, of_ones)
@@ -229,16 +245,31 @@ def _owner_error(
             "is clipped as a whole anyway"
         )
     belongs = _owners_found(draws, of_ones, [one.sketches.get(key, of_ones) for one in weighted])
+    if belongs is not None and len(belongs) == size:
+        return NotImplementedError(
+            f"{layer}: its rows are not samples, in the order of their losses: row {rows[0]} belongs to the loss of sample "
+            f"{belongs[rows[0]]}. Something selects, regroups, sorts or shifts samples before or after this layer. Keep rows and losses "
+            f"in the order of the batch, one row a sample. {PADDING}"
+        )
     if belongs is not None:
         return NotImplementedError(
             f"{layer}: its rows are not samples: it was called on {len(belongs)} rows for {size} samples, and they do not follow each "
             f"other sample by sample, as many for each: row {rows[0]} belongs to sample {belongs[rows[0]]}. {PADDING}"
         )
+    if size > len(of_ones) and size % len(of_ones) == 0:
+        return ValueError(
+            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows, and there are {size} losses. {TOKENS}. {PADDING}"
+        )
+    if len(of_ones) % size:
+        return NotImplementedError(
+            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows for {size} samples, and several of these have a "
+            f"part in one row. If the batch lies on another axis there, let it lie on the first (see batch_first). {PADDING}"
+        )
     return NotImplementedError(
         f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the model, the criterion, "
         "or what is between this layer and the loss (a batch norm, a mean, a similarity or a shift over the batch; negatives from "
-        "the batch; a term of the whole batch in each loss). Then no sample has a gradient of its own. Let each sample's loss depend "
-        "on that sample alone"
+        "the batch; a term of the whole batch in each loss); or its rows are not samples (check batch_first). Then no sample has a "
+        "gradient of its own. Let each sample's loss depend on that sample alone"
     )
 
 
@@ -248,6 +279,9 @@ PADDING = (
     "an axis of their own in the model's forward, (N, K, ...)"
 )
 """What to do about layers whose rows are not the samples, or the same number of rows for each."""
+
+TOKENS = "For losses of flattened tokens call the criterion with shape=(batch size, tokens, ...)"
+"""What to do about more losses than rows."""
 
 
 _SMALLEST = 2.0**-100
@@ -262,7 +296,11 @@ def _beyond(difference: Tensor, scale: Tensor, half: bool) -> Tensor:
 
 
 def _wrong_rows(
-    size: int, draws: list[Tensor], plain: Backprops, weighted: list[Backprops], noise: list[Mapping[Output, Tensor]] | None
+    size: int,
+    draws: list[Tensor],
+    plain: Backprops,
+    weighted: list[Backprops],
+    noise: list[Mapping[Output, Tensor]] | None,
 ) -> list[tuple[Output, list[int]]]:
     """The outputs of which some rows are not what they have to be, and these rows."""
     result = []
@@ -279,7 +317,9 @@ def _wrong_rows(
             wrong = _differ(wanted, got)
             if noise is not None:
                 allowed = 8 * (noise[0].get(key, 0) * factor + noise[1 + place].get(key, 0))
-                wrong &= ((got - wanted).nan_to_num().abs() > allowed).any(1) & _beyond(got - wanted, wanted, plain.half)
+                wrong &= ((got - wanted).nan_to_num().abs() > allowed).any(1) & _beyond(
+                    got - wanted, wanted, plain.half
+                )
             bad |= wrong.cpu()
         if bad.any():
             result.append((key, bad.nonzero().flatten().tolist()))
@@ -316,6 +356,7 @@ class Seen(NamedTuple):
         shape: of the tensor.
         sketches: its rows along each axis that may count samples, with their number.
         samples: the samples of its rows, where they are known.
+        eps: of its dtype, or of that which autocast has it computed in.
     """
 
     key: Any
@@ -323,12 +364,16 @@ class Seen(NamedTuple):
     shape: torch.Size
     sketches: list[Tensor]
     samples: Tensor | None = None
+    eps: float = 0.0
 
 
 def look_at(key: Any, name: str, value: Tensor, axes: Sequence[int], samples: Tensor | None = None) -> Seen:
     """Keeps of a tensor what `check_independence` compares: sketches of rows instead of themselves."""
     axes = [axis for axis in axes if axis < value.dim()]
-    return Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples)
+    device = value.device.type
+    dtypes = [value.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]
+    eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0 for dtype in dtypes)
+    return Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples, eps)
 
 
 class Forward(NamedTuple):
@@ -342,7 +387,9 @@ Run = Callable[[Replacement | None, ModelState | None], Forward]
 """Runs a forward again, on the batch as it is or with samples replaced, from the state that there is or from another."""
 
 
-def replacements(size: int, axis: int, shared: set[str], generator: random.Random, enlarge: bool) -> list[Replacement]:
+def replacements(
+    size: int, axis: int, shared: set[str], generator: random.Random, enlarge: bool, sign: int
+) -> list[Replacement]:
     """What is tried in turn, until a forward can be compared: half of the samples replaced by others.
 
     Args:
@@ -351,12 +398,13 @@ def replacements(size: int, axis: int, shared: set[str], generator: random.Rando
         shared: paths of inputs that are known to have no samples in them.
         generator: chooses the samples.
         enlarge: whether features may be enlarged, so that what is an index then fails with an error, and does no more.
+        sign: of the enlarged features.
     """
     chosen = sorted(generator.sample(range(size), max(1, size // 2))) if size else []
     sources = [generator.choice([other for other in range(size) if other != place] or [place]) for place in chosen]
     return [
-        Replacement(size, chosen, sources, axis, enlarged, vectors, shared)
-        for enlarged in ((True, False) if enlarge else (False,))
+        Replacement(size, chosen, sources, axis, factor, vectors, shared)
+        for factor in ((sign * 1024.0, 1.0) if enlarge else (1.0,))
         for vectors in (True, False)
     ]
 
@@ -382,25 +430,29 @@ def check_independence(
     """
     first, why = _tried(run, None)
     raise_on_all_ranks(
-        NotImplementedError(f"{name}: whether samples touch each other cannot be told: the forward cannot be run again: {why}")
+        NotImplementedError(
+            f"{name}: whether samples touch each other cannot be told: the forward cannot be run again: {why}"
+        )
         if first is None
         else None,
         on_all_ranks,
     )
     assert first is not None
     for replacement in tries:
-        other, why = _tried(run, replacement)
-        if other is not None and not why:
-            why = _incomparable(first, other, replacement)
+        other, failed = _tried(run, replacement)
+        why = failed if other is None else _incomparable(first, other, replacement)
         if on_all_ranks(not why):
             break
-    else:
+        # Another number of rows may come of lengths among the inputs, and failures of values that have no meaning.
+        if not on_all_ranks(bool(failed) or replacement.vectors):
+            other = None
+            break
+    if other is None or why:
         raise NotImplementedError(
             f"{name}: whether samples touch each other cannot be told: {why or 'it cannot be told on another rank'}. Nothing may "
             "depend on the other samples of a batch: not which layers are called, nor on what shapes. Pass the batch in tensors (in "
             "tuples, lists, dicts, dataclasses) that have one row a sample"
         )
-    assert other is not None
     suspects = _changed(first, other, replacement, certified, None)
     if not on_all_ranks(not suspects):
         # Kernels that are not deterministic tell by how much.
@@ -409,6 +461,30 @@ def check_independence(
             suspects = _changed(first, other, replacement, certified, _differences(first, again))
         raise_on_all_ranks(_mixing_error(suspects[0], replacement) if suspects else None, on_all_ranks)
     _compare_states(name, first, other, run, certified, on_all_ranks)
+    if not on_all_ranks(not replacement.masks):
+        _compare_masks(first, replacement, run, certified, on_all_ranks)
+
+
+def _compare_masks(
+    first: Forward,
+    replacement: Replacement,
+    run: Run,
+    certified: Callable[[Any], bool],
+    on_all_ranks: Callable[[bool], bool],
+) -> None:
+    """The same with other masks. Models ask whether a mask masks anything, and run other kernels then, that round otherwise."""
+    shorter = replace(replacement, shorten=True)
+    other, _ = _tried(run, shorter)
+    error = None
+    if other is not None and _structure(first) == _structure(other):
+        suspects = _changed(first, other, shorter, certified, _rounding(first))
+        error = _mixing_error(suspects[0], shorter) if suspects else None
+    raise_on_all_ranks(error, on_all_ranks)
+
+
+def _rounding(forward: Forward) -> list[list[Tensor]]:
+    """What other kernels may make of rows, for each tensor and axis."""
+    return [[2**6 * one.eps * sketch[:, 2:].nan_to_num() for sketch in one.sketches] for one in forward.seen]
 
 
 def _tried(run: Run, replacement: Replacement | None) -> tuple[Forward | None, str]:
@@ -439,7 +515,10 @@ def _structure(forward: Forward) -> list[Any]:
 def _differences(first: Forward, second: Forward) -> list[list[Tensor]]:
     """By how much two forwards differ, a number for each tensor, axis and column."""
     return [
-        [(a - b).nan_to_num().abs().amax(0, keepdim=True) if len(a) else a for a, b in zip(x.sketches, y.sketches, strict=True)]
+        [
+            (a - b).nan_to_num().abs().amax(0, keepdim=True) if len(a) else a
+            for a, b in zip(x.sketches, y.sketches, strict=True)
+        ]
         for x, y in zip(first.seen, second.seen, strict=True)
     ]
 
@@ -484,11 +563,15 @@ def _kept_rows_differ(
         # Nobody knows whose these rows are; backward refuses them.
         return False
     # One row is shared by the batch.
-    kept = torch.ones(1, dtype=torch.bool) if expected is None else ~torch.isin(expected, torch.tensor(replacement.chosen))
-    a, b = (side[kept.to(side.device)] for side in (first, second))
+    kept = (
+        torch.ones(1, dtype=torch.bool) if expected is None else ~torch.isin(expected, torch.tensor(replacement.chosen))
+    )
+    kept = kept.to(first.device)
+    a, b = first[kept], second[kept]
     differ = _differ(a, b)
     if noise is not None:
-        differ &= ((a - b).nan_to_num().abs() > 8 * noise).any(1)
+        allowed = noise[kept] if len(noise) == len(first) else noise
+        differ &= ((a - b).nan_to_num().abs() > 8 * allowed).any(1)
     return bool(differ.any())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from torch import Tensor
 from opacus_fgc.certificates import (
     Backprops,
     Forward,
-    Schedule,
     check_independence,
     check_owners,
     draws_that_tell,
@@ -32,17 +30,12 @@ from opacus_fgc.taps import Reached
 
 
 class CertifiedModel(TappedModel):
-    """A tapped model that proves of a backward pass what its norms rely on; see `certificates`.
+    """A tapped model that proves of a backward pass what its norms rely on; see `certificates`."""
 
-    Attributes:
-        schedule: when that is done.
-    """
-
-    schedule: Schedule
     _witness: Backprops | None = None
     _choices: random.Random | None = None
 
-    def certify(self, loss_per_sample: Tensor, reached: Reached, record: Record, loss_scale: float) -> None:
+    def certify(self, loss_per_sample: Tensor, reached: Reached, record: Record, loss_scale: float) -> bool:
         """Proves, if it is time to, that a loss has per-sample gradients, and that its taps see them.
 
         Args:
@@ -51,15 +44,17 @@ class CertifiedModel(TappedModel):
             record: the state of the step.
             loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
 
+        Returns:
+            Whether it was time to.
+
         Raises:
             NotImplementedError: if they do not, or it cannot be told.
         """
         size, structure = len(loss_per_sample), self._structure(len(loss_per_sample), reached, record)
-        due, draws = self.layout.most(
-            [self.schedule.is_due(size, structure), draws_that_tell(size) if self.schedule.is_new(structure) else 1]
-        )
+        is_due, is_new = self.schedule.is_due(size, structure), self.schedule.is_new(structure)
+        due, new, draws = self.layout.most([is_due, is_new, draws_that_tell(size) if is_new else 1])
         if not due:
-            return
+            return False
         if self._choices is None:
             # Ranks that work on the same samples have to choose the same ones.
             seed = secrets.token_bytes(16)
@@ -82,15 +77,19 @@ class CertifiedModel(TappedModel):
             self.layout.on_all_ranks,
         )
         layers = {call.layer for call in reached.calls}
+        # Where something is new both signs are tried, since a statistic of the batch may be compared with a number.
+        signs = (1, -1) if new else (self._choices.choice((1, -1)),)
         for entrance in self._entrances(reached):
-            check_independence(
-                describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
-                self._replacements(entrance, size),
-                lambda replacement, state, entrance=entrance: self._run_again(entrance, size, replacement, state),
-                layers.__contains__,
-                self.layout.on_all_ranks,
-            )
+            for sign in signs:
+                check_independence(
+                    describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
+                    self._replacements(entrance, size, sign),
+                    lambda replacement, state, entrance=entrance: self._run_again(entrance, size, replacement, state),
+                    layers.__contains__,
+                    self.layout.on_all_ranks,
+                )
         self.schedule.made(size, structure)
+        return True
 
     def _structure(self, size: int, reached: Reached, record: Record) -> Hashable:
         """What is equal for passes that one certificate is for."""
@@ -108,12 +107,12 @@ class CertifiedModel(TappedModel):
         paths = {module: path for path, module in self._module.named_modules()}
         return describe(paths[entrance.module], entrance.module)
 
-    def _replacements(self, entrance: Entrance, size: int) -> list[Replacement]:
+    def _replacements(self, entrance: Entrance, size: int, sign: int) -> list[Replacement]:
         assert self._choices is not None
         shared = self._shared_inputs.setdefault(entrance.module, set())
         # On other devices an index out of range is an error that nothing recovers from.
         enlarge = all(tensor.device.type == "cpu" for tensor in tensors_of(entrance.inputs))
-        return replacements(size, 0 if self.batch_first else 1, shared, self._choices, enlarge)
+        return replacements(size, 0 if self.batch_first else 1, shared, self._choices, enlarge, sign)
 
     def _run_again(
         self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None
@@ -128,6 +127,7 @@ class CertifiedModel(TappedModel):
         self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None, keep: bool
     ) -> Forward:
         with entrance.again(keep) as random_states, restored(self._module):
+            state = state or entrance.state
             if state is not None:
                 state.restore()
             random_states.restore()

@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from opacus_fgc.model_state import restored
 from opacus_fgc.grad_sample_module import GradSampleModuleFastGradientClipping
 from opacus_fgc.loss import DPLossFastGradientClipping
+from opacus_fgc.model_state import restored
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.privacy_engine import MODES
 from opacus_fgc.taps import leaves_of, tensors_in

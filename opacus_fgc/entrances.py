@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_fgc.model_state import ModelState
 from opacus_fgc.samples import tensors_of
 
 
@@ -48,15 +49,25 @@ class Entrance:
         args: its positional arguments.
         kwargs: its keyword arguments.
         modules: all modules of the model.
+        state: what the model kept from its forwards before this one; None if that does not matter.
 
     Attributes:
         module: what was called.
         inputs: positional and keyword arguments.
         modes: which of the modules were training.
+        state: the argument.
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modules: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        modules: Sequence[nn.Module],
+        state: ModelState | None = None,
+    ) -> None:
         self.module = module
+        self.state = state
         self.inputs = (args, kwargs)
         self.modes = tuple(module.training for module in modules)
         self._modules = modules

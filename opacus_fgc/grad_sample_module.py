@@ -12,6 +12,7 @@ from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
 from opacus_fgc.axes import local
+from opacus_fgc.by_hand import ClippingCoefficients
 from opacus_fgc.certificates import Schedule
 from opacus_fgc.certified_model import CertifiedModel
 from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
@@ -94,6 +95,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         self._names = {param: name for name, param in trainable_parameters(m)}  # as they are between two forwards
         self.clipped_sum = ClippedSum()
         self._second_pass: dict[Any, Tensor] | None = None
+        self._checked_by_hand = False
         self._plan: Unwatched = UNWATCHED
         super().__init__(
             m,
@@ -245,7 +247,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         """The factor that clips each sample's gradient to ``max_grad_norm``, shape ``(N,)``.
 
         The next backward pass with hooks disabled is taken for the second pass, of ``(coef * loss).sum()``; `enable_hooks`
-        then puts what it gave into the parameters' ``summed_grad``.
+        then puts what it gave into the parameters' ``summed_grad``. The losses are checked when they are multiplied with this.
 
         Raises:
             RuntimeError: if there was no backward through the taps.
@@ -259,7 +261,31 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             )
         coef = self.clipping.coefficients(self.get_norm_sample())
         self._second_pass = {}
-        return coef
+        return ClippingCoefficients.of(coef, self._check_by_hand)
+
+    def _check_by_hand(self, losses: Tensor) -> None:
+        """Does for losses that a loop multiplies with coefficients what `first_pass` does for a criterion's."""
+        norms, record = self.per_sample_gradient_norms, self.record
+        if losses.shape != norms.shape:
+            # They broadcast; `enable_hooks` refuses what comes of that.
+            return
+        if record is None or self._second_pass is None:
+            raise RuntimeError(
+                "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
+            )
+        reached = self._check_trainable(losses)
+        if self.certify(losses, reached, record, 1.0):
+            self.record = record.again()
+            self.record.samples_in_loss = len(losses)
+            again = self._pass_to_taps(self.record, losses, NOTHING)
+            self.record, self.per_sample_gradient_norms = record, norms
+            if not torch.allclose(again, norms.to(again), rtol=1e-2):
+                raise ValueError(
+                    "the first backward() was of other losses than the second is to be of: its norms are not those of these losses. "
+                    f"With loss_reduction={self.loss_reduction!r} call losses.{self.loss_reduction}().backward(retain_graph=True) "
+                    "first, and (coef * losses).sum().backward() second"
+                )
+        self._checked_by_hand = True
 
     def first_pass(self, loss_per_sample: Tensor, keep: Keep = NOTHING, loss_scale: float = 1.0) -> Tensor:
         """Backward to the taps alone, without any weight gradient.
@@ -281,7 +307,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         reached = self._check_trainable(loss_per_sample)
         record = self._open_record()
         self.layout.check_samples(loss_per_sample, record.inputs)
-        record.batch_size_seen = len(loss_per_sample)
+        record.samples_in_loss = len(loss_per_sample)
         self.certify(loss_per_sample, reached, record, loss_scale)
         record.step, record.loss_scale = object(), loss_scale
         norms = self._pass_to_taps(record, loss_per_sample, keep)
@@ -359,6 +385,13 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             raise ValueError(
                 f"{', '.join(sorted(self._names[param] for param in gone))} was replaced or removed since the model was wrapped, "
                 "so that the optimizer would train what the model does not use; wrap model and optimizer anew"
+            )
+        hooked = [name for param, name in names.items() if _has_hooks(param)]
+        if hooked:
+            raise ValueError(
+                f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum after clipping, or "
+                "not see it at all. Remove it; what it does can be done to the noisy gradient, before the step: "
+                "optimizer.attach_step_hook(lambda optimizer: ...)"
             )
         reached = self._reached([loss_per_sample])
         outside = reached.escaped
@@ -472,7 +505,13 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         """Turns the taps on, and ends the second pass of a loop that is written by hand; see `get_clipping_coef`."""
         super().enable_hooks()
         collected, self._second_pass = self._second_pass, None
+        checked, self._checked_by_hand = self._checked_by_hand, False
         if collected:
+            if not checked:
+                raise ValueError(
+                    "a second pass whose losses are not known: multiply the losses with what get_clipping_coef() returned, "
+                    "(coef * losses).sum().backward(), where both have the same shape, one value a sample"
+                )
             self.check_accumulation()
             self.add_to_clipped_sum((param, collected.get(param)) for param in self.trainable_parameters)
 
@@ -483,6 +522,11 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         for param in self._module.parameters():
             if hasattr(param, "summed_grad"):
                 del param.summed_grad
+
+
+def _has_hooks(param: Any) -> bool:
+    """Whether a parameter has gradient hooks besides the one of a wrapped model."""
+    return len(param._backward_hooks or ()) > 1 or bool(getattr(param, "_post_accumulate_grad_hooks", None))
 
 
 def _is_finite(tensors: Iterable[Tensor]) -> bool:

@@ -21,6 +21,7 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
 from torch.utils.data import DataLoader, IterableDataset
 
+from opacus_fgc.certificates import Schedule
 from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe
 from opacus_fgc.clipping import RULES, FlatClipping
 from opacus_fgc.criterion import check_criterion
@@ -85,8 +86,10 @@ class PrivacyEngine(OpacusPrivacyEngine):
 
         Args:
             **kwargs: the arguments of Opacus' method. With a mode of this package all are checked before anything is wrapped or
-                changed; ``clipping`` is "flat", or "adaptive" with the arguments of `clipping.AdaptiveClipping`; and
-                ``nonfinite="error"`` or ``"drop"`` says what is done about samples whose gradient has inf or NaN in it.
+                changed; ``clipping`` is "flat", or "adaptive" with the arguments of `clipping.AdaptiveClipping`;
+                ``nonfinite="error"`` or ``"drop"`` says what is done about samples whose gradient has inf or NaN in it; and
+                ``certify="thinning"``, ``"always"`` or ``"never"`` how often it is proven that samples have gradients of their
+                own; see `certificates.Schedule`.
 
         Returns:
             ``(module, optimizer, criterion, data_loader)`` with a mode of this package: the wrapped model (with
@@ -111,6 +114,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         kwargs["grad_sample_mode"] = mode
         nonfinite = kwargs.pop("nonfinite", "error")
         check_nonfinite(nonfinite)
+        schedule = Schedule(kwargs.pop("certify", "thinning"))
         kwargs = _with_clipping_rule(**kwargs)
         _check_arguments(**kwargs)
         if self.secure_mode and not kwargs.get("poisson_sampling", True):
@@ -118,6 +122,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         module, optimizer, criterion, data_loader = super().make_private(**kwargs)
         criterion.clipped_backward = MODES[mode]
         criterion.module.nonfinite = nonfinite
+        criterion.module.schedule = schedule
         layout = criterion.module.layout
         if layout.axes:
             layout.check_copies()

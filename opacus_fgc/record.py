@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc.axes import local
-from opacus_fgc.certificates import PADDING
+from opacus_fgc.certificates import PADDING, TOKENS
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
 from opacus_fgc.precision import at_least_float32, full_precision, without_autocast
@@ -29,7 +29,8 @@ class Record:
         loss_scale: what the losses were multiplied with for this pass.
         budget: what may be kept for `weighted_sum`.
         batch_size: number of samples, None before the first backprop.
-        batch_size_seen: number of samples that the model was called on, None where it does not show.
+        batch_size_seen: number of samples that the model was called on, as its inputs show it; None where they do not.
+        samples_in_loss: number of samples that there is a loss of; None where the losses are not known.
         inputs: what `Layout.fingerprint` gave for what the model was called on, added up over its calls.
         marks: by parameter, numbers that tell what its layer was called on, likewise.
         orders: indices that sort the samples of packed sequences, or put them back.
@@ -48,6 +49,7 @@ class Record:
         self.budget = Budget()
         self.batch_size: int | None = None
         self.batch_size_seen: int | None = None
+        self.samples_in_loss: int | None = None
         self.inputs: Tensor | None = None
         self.marks: dict[Any, Tensor] = {}
         self.orders: list[Tensor] = []
@@ -69,7 +71,7 @@ class Record:
         """A record of one more backward pass of the same forward."""
         other = Record(self.loss_reduction)
         other.loss_scale = self.loss_scale
-        other.batch_size_seen = self.batch_size_seen
+        other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
         other.expectations, other.step = self.expectations, self.step
         return other
 
@@ -134,11 +136,11 @@ class Record:
         for param, form in forms.items():
             form = self._by_sample(form)
             if self.batch_size is None:
-                self.batch_size = self.batch_size_seen or form.batch_size
+                self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
             if form.batch_size != self.batch_size:
                 raise ValueError(
                     f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with trainable parameters "
-                    f"needs one row a sample, or as many for each, sample by sample. {PADDING}. Inputs that the batch shares, expand "
+                    f"needs one row a sample, or as many for each, sample by sample. {TOKENS}. {PADDING}. Inputs that the batch shares, expand "
                     "(`x.expand(batch_size, ...)`); and check batch_first"
                 )
             if param in self._norms:
@@ -158,7 +160,7 @@ class Record:
 
     def _by_sample(self, form: PerSampleGradient) -> PerSampleGradient:
         """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
-        size = self.batch_size_seen
+        size = self.batch_size_seen if self.samples_in_loss is None else self.samples_in_loss
         if not size or form.batch_size <= size or form.batch_size % size:
             return form
         return form.folded(form.batch_size // size)

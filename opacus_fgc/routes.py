@@ -7,6 +7,7 @@ for the same indices.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from typing import Any
 
@@ -37,13 +38,11 @@ def _in_order(index: Tensor) -> bool:
 
 
 def _mark_of(value: Any) -> Hashable:
-    """A number that tells indices, or sizes, from others."""
+    """What tells indices, or sizes, from others."""
     if not isinstance(value, Tensor):
         return tuple(int(size) for size in value)
-    flat = value.detach().flatten().long()
-    # An odd factor for each place, modulo 2**64.
-    places = torch.arange(len(flat), device=flat.device) * 0x5851F42D4C957F2D + 0x14057B7EF767814F
-    return tuple(value.shape), int(((flat + 0x2545F4914F6CDD1D) * places).sum())
+    content = value.detach().cpu().contiguous().numpy().tobytes()
+    return tuple(value.shape), hashlib.blake2b(content, digest_size=16).digest()
 
 
 def _along(node: Any, axes: Collection[int], dim: str = "dim") -> bool:

@@ -12,9 +12,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device, torch.Size, range, slice)
-_FACTOR = -1024.0
-
+_PLAIN = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    range,
+    slice,
+)
 Change = Callable[[str, Any], Any]
 """Called with the path and the value of a tensor, a packed sequence, or a list; gives what comes in its place, or `UNCHANGED`."""
 
@@ -101,10 +113,12 @@ class Replacement:
         chosen: those that are replaced.
         sources: for each of them another sample.
         axis: the axis of tensors that counts samples.
-        enlarge: whether features are enlarged.
+        factor: what features are multiplied with; 1 or a large number.
         vectors: whether whole numbers of shape ``(N,)``, which may be lengths, are replaced as well.
         shared: paths of tensors that are known to have no samples in them; it is added to.
+        shorten: whether masks of chosen samples lose their last 1.
         opaque: what could not be looked into.
+        masks: the paths of what has the values 0 and 1 only.
         replaced: the paths of what was replaced.
     """
 
@@ -112,41 +126,44 @@ class Replacement:
     chosen: list[int]
     sources: list[int]
     axis: int
-    enlarge: bool = True
+    factor: float = 1.0
     vectors: bool = True
     shared: set[str] = field(default_factory=set)
+    shorten: bool = False
     opaque: set[str] = field(default_factory=set)
+    masks: set[str] = field(default_factory=set)
     replaced: set[str] = field(default_factory=set)
 
     def __call__(self, tree: Any) -> Any:
         """A copy of the batch with the chosen samples replaced."""
-        copy = copied(tree)
-        self.opaque, self.replaced = set(), set()
-        result = mapped(copy, self._change(1), "", self.opaque)
-        if self.replaced:
-            return result
-        # No tensor has a row a sample; perhaps some have several.
-        return mapped(copy, self._change(None), "", set())
+        batch = copied(tree)
+        self.opaque, self.replaced, self.masks = set(), set(), set()
+        result = mapped(batch, self._change(one_row=True), "", self.opaque)
+        if not self.replaced:
+            # No tensor has a row a sample; perhaps some have several.
+            result = mapped(batch, self._change(one_row=False))
+        if not self.replaced and self.masks and not self.shorten:
+            # What looks like masks is all that there is.
+            self.shorten = True
+            return self(tree)
+        return result
 
-    def _change(self, rows_per_sample: int | None) -> Change:
+    def _change(self, one_row: bool) -> Change:
         def change(path: str, value: Any) -> Any:
             if isinstance(value, PackedSequence):
                 return value._replace(data=self._of_packed(path, value))
-            if isinstance(value, Tensor):
-                return self._of_tensor(path, value, rows_per_sample)
-            return self._of_list(path, value)
+            return self._of_tensor(path, value, one_row) if isinstance(value, Tensor) else self._of_list(path, value)
 
         return change
 
-    def _of_tensor(self, path: str, value: Tensor, rows_per_sample: int | None) -> Any:
-        if value.dim() <= self.axis:
+    def _of_tensor(self, path: str, value: Tensor, one_row: bool) -> Any:
+        if value.dim() <= self.axis or not value.shape[self.axis] or not self.size:
             return UNCHANGED
-        rows = value.shape[self.axis]
-        if rows != self.size and rows_per_sample == 1 and rows % self.size:
+        several, left = divmod(value.shape[self.axis], self.size)
+        if left:
             self.shared.add(path)
-        if path in self.shared or rows == 0 or rows % self.size or rows_per_sample not in (None, rows // self.size):
+        if path in self.shared or (several == 1) is not one_row:
             return UNCHANGED
-        several = rows // self.size
         places = [place * several + row for place in self.chosen for row in range(several)]
         others = [place * several + row for place in self.sources for row in range(several)]
         return self._with_rows(path, value, self.axis, places, others)
@@ -157,13 +174,16 @@ class Replacement:
             own, new = value.index_select(axis, at), value.index_select(axis, source)
             whole = not (value.is_floating_point() or value.is_complex())
             if whole and _is_mask(value):
-                return UNCHANGED
+                self.masks.add(path)
+                if not self.shorten:
+                    return UNCHANGED
+                new = _shortened(own) if own.dim() > 1 else new
             if whole and value.dim() == 1 and not self.vectors:
                 return UNCHANGED
-            if not whole and self.enlarge:
+            if not whole and self.factor != 1:
                 fractional = value != value.round() if value.is_floating_point() else value != 0
                 fractional = (fractional & value.isfinite()).any(axis, keepdim=True)
-                factor = _FACTOR if value.element_size() > 2 else -4.0
+                factor = self.factor if torch.finfo(value.dtype).max > 2.0**17 else self.factor / 256
                 new = torch.where(fractional, new * factor, new)
             if torch.equal(own, new):
                 new = _other_than(own)
@@ -200,7 +220,7 @@ class Replacement:
                 return UNCHANGED
             new = list(values)
             for place in self.chosen:
-                new[place] = _other_than(values[place], _FACTOR if self.enlarge else 1.0)
+                new[place] = _other_than(values[place], self.factor)
         else:
             return UNCHANGED
         self.replaced.add(path)
@@ -209,6 +229,13 @@ class Replacement:
 
 def _is_mask(value: Tensor) -> bool:
     return value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all())
+
+
+def _shortened(masks: Tensor) -> Tensor:
+    """Masks without the last 1 of each row, as of a sequence that is one shorter; but for those with less than two."""
+    ones = masks.long()
+    last = (ones.cumsum(-1) == ones.sum(-1, keepdim=True)) & (ones == 1) & (ones.sum(-1, keepdim=True) > 1)
+    return torch.where(last, torch.zeros_like(masks), masks)
 
 
 def _other_than(value: Tensor, factor: float = 1.0) -> Tensor:

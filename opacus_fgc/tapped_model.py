@@ -17,11 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.buffers import Buffers
-from opacus_fgc.certificates import OUT_OF_MEMORY, Seen, look_at
+from opacus_fgc.certificates import OUT_OF_MEMORY, Schedule, Seen, look_at
 from opacus_fgc.checks import describe, refuse_overlap
 from opacus_fgc.entrances import Entrance
 from opacus_fgc.layout import Layout
-from opacus_fgc.model_state import restored
+from opacus_fgc.model_state import ModelState, restored
 from opacus_fgc.norm_samplers.functorch import Functorch
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
@@ -65,6 +65,7 @@ class TappedModel(OpacusHooks):
     hooks_enabled: bool
     loss_reduction: str
     record: Record | None = None
+    schedule: Schedule
 
     def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules that are tapped: all with trainable parameters of their own, but for those inside a functorch layer."""
@@ -245,10 +246,12 @@ class TappedModel(OpacusHooks):
         record = self._open_record() if self.record is None or not self._recomputing() else self.record
         if not self._recomputing():
             record.batch_size_seen = batch_size((args, kwargs), self._axis)
+            is_first = module not in self._verified
+            state = ModelState(self._module) if is_first or self.schedule.is_expected else None
             self._verify(record, module, (args, kwargs))
             inputs = self.layout.fingerprint((args, kwargs))
             record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
-            self._entrance = Entrance(module, args, kwargs, self._every_module)
+            self._entrance = Entrance(module, args, kwargs, self._every_module, state)
         self._outermost = module
         if self._buffers_before.changed(self._module):
             self._buffers_before = Buffers(self._module)
@@ -319,7 +322,8 @@ class TappedModel(OpacusHooks):
 
     def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
         """A forward that is not the user's own, of which the record keeps nothing."""
-        record = self._open_record()
+        # One that is only looked at may run between a first pass and what comes of it.
+        record = self._open_record() if self._seen is None or self.record is None else self.record
         kept, record.batch_size_seen = (record.expectations, record.batch_size_seen), size
         self._outermost = _TRIAL
         self._ops.enter(size, trying=True)
