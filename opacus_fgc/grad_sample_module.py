@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,10 @@ from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGrad
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import NOTHING, Budget, Keep
 from opacus_fgc.precision import full_precision
-from opacus_fgc.record import Record
+from opacus_fgc.record import Record, Step
 from opacus_fgc.shards import View, view
 from opacus_fgc.tapped_model import Tapped, TappedModel
-from opacus_fgc.taps import Call, Use
+from opacus_fgc.taps import Call, Reached, Use, reached_by
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -110,7 +111,12 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         self.clipping.max_grad_norm = value
 
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
-        if self.hooks_enabled:
+        # The private loss of another model may come through this one, such as that of a generator through its discriminator.
+        if self.hooks_enabled and _passing in (None, self):
+            step = call.shown_to
+            if _passing is None and step is not None:
+                step.check_plain_pass()
+                return
             if self.record is None:
                 self._open_record()
             assert self.record is not None
@@ -254,7 +260,13 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         self._second_pass = {}
         return coef
 
-    def first_pass(self, loss_per_sample: Tensor, keep: Keep = NOTHING, loss_scale: float = 1.0) -> Tensor:
+    def first_pass(
+        self,
+        loss_per_sample: Tensor,
+        keep: Keep = NOTHING,
+        loss_scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> Tensor:
         """Backward to the taps alone, without any weight gradient.
 
         Args:
@@ -262,6 +274,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             keep: what is kept for `clipped_gradients`. Where that is everything, the graph is given up.
             loss_scale: what the losses are multiplied with, and gradients and norms divided by, so that backprops do not vanish
                 in float16.
+            retain_graph: whether plain losses may go through the graph after `clipped_gradients`.
 
         Returns:
             The norm of each sample's gradient, shape ``(N,)``.
@@ -274,8 +287,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         self._check_trainable(loss_per_sample)
         record = self._open_record()
         self.layout.check_samples(loss_per_sample, record.inputs)
-        record.step, record.loss_scale = object(), loss_scale
-        norms = self._pass_to_taps(record, loss_per_sample, keep)
+        record.step, record.loss_scale = Step(retain_graph), loss_scale
+        norms = self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
                 f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
@@ -284,12 +297,14 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             )
         return norms
 
-    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep) -> Tensor:
+    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep, retain_graph: bool) -> Tensor:
         record.loss_reduction, record.budget = "sum", Budget(keep)
         record.looking = not _is_finite([loss_per_sample])
         try:
             loss = record.loss_scale * loss_per_sample.sum()
-            torch.autograd.grad(loss, self._anchor, retain_graph=not keep.everything, allow_unused=True)
+            with _pass_of(self):
+                retain_graph = retain_graph or not keep.everything
+                torch.autograd.grad(loss, self._anchor, retain_graph=retain_graph, allow_unused=True)
             return self.get_norm_sample()
         except BaseException:
             # Half a pass is of no use to any other, and holds activations.
@@ -351,12 +366,47 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 f"{', '.join(sorted(self._names[param] for param in gone))} was replaced or removed since the model was wrapped, "
                 "so that the optimizer would train what the model does not use; wrap model and optimizer anew"
             )
-        outside = self._untapped([loss_per_sample])
-        if outside:
+        reached = reached_by([loss_per_sample], map(self._unsharded.of, self.trainable_parameters), anchor=self._anchor)
+        if reached.past:
+            past = map(self._unsharded.parameter, reached.past)
             raise ValueError(
-                f"the loss depends on {', '.join(sorted(names[param] for param in outside))} past the layer that has it, so "
+                f"the loss depends on {', '.join(sorted(names[param] for param in past))} past the layer that has it, so "
                 "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
                 "put penalties on weights into the optimizer (weight_decay)"
+            )
+        self._check_outside(reached)
+
+    def _check_outside(self, reached: Reached) -> None:
+        """Raises a ValueError if something outside of the model would get no gradient from a private loss of this model."""
+        assert self.record is not None
+        if reached.other_models:
+            raise ValueError(
+                "the loss depends on another private model, whose output this one is called on, and would give it no gradient. "
+                "If it is not to be trained by this loss, detach its output (output.detach()); if it is, as a generator by its "
+                "discriminator, compute that loss with the criterion of the other model's own make_private"
+            )
+        brought = self.record.brought
+        outside = [
+            leaf
+            for leaf in dict.fromkeys([*reached.before_model, *reached.in_model])
+            # What a model makes itself, as checkpointing of adapters does, is nobody's to train.
+            if leaf in reached.before_model or isinstance(leaf, nn.Parameter) or leaf in brought
+        ]
+        given = [leaf for leaf in outside if brought.get(leaf) and not isinstance(leaf, nn.Parameter)]
+        if len(given) < len(outside):
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in outside[:5] if leaf not in given)
+            raise ValueError(
+                f"the loss depends on tensors that require a gradient and are outside of the wrapped model, of shapes {shapes}; "
+                "a private loss would give them none, since their gradients would be neither clipped nor noised. Weights that "
+                "learn from the data (a prompt, a criterion's own) have to be a part of the module that make_private gets. What is "
+                "public and learns through the model (a generator through its discriminator) is trained by the plain criterion "
+                "on model(...). What is not to be trained by this loss: detach it (x.detach()), or requires_grad_(False)"
+            )
+        if given:
+            warnings.warn(
+                f"inputs of shapes {', '.join(str(tuple(leaf.shape)) for leaf in given)} require a gradient, and a private loss "
+                "gives them none; for that take the plain criterion: torch.autograd.grad(plain(model(x), y), x)",
+                stacklevel=2,
             )
 
     @contextmanager
@@ -403,7 +453,9 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             self.clipped_sum, self.record = ClippedSum(), None
             raise
 
-    def clipped_gradients(self, coef: Tensor, loss_per_sample: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
+    def clipped_gradients(
+        self, coef: Tensor, loss_per_sample: Tensor, retain_graph: bool = False
+    ) -> Iterator[tuple[Any, Tensor | None]]:
         """``sum_n coef[n] * gradient[n]`` for each trainable parameter, after `first_pass`.
 
         It comes from what the first pass kept, and for the other parameters from a second pass: the gradient of
@@ -412,6 +464,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         Args:
             coef: shape ``(N,)``.
             loss_per_sample: the loss of the first pass, shape ``(N,)``.
+            retain_graph: as for `first_pass`.
 
         Yields:
             The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
@@ -421,15 +474,15 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         if rest and not self.layout.on_all_ranks(self.record.samples is None):
             # In a second pass inf and NaN would go through all that coefficients can do.
             samples, self.record = self.record.samples, self.record.again()
-            self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True))
+            self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True), retain_graph)
             self.record.samples, rest = samples, []
         later = set(rest)
         self._plan.lap()
         yield from self.layout.as_parameters(self._kept_sums(later, coef))
         if rest:
-            with self.hooks_off():
+            with self.hooks_off(), _pass_of(self):
                 weighted = self.record.loss_scale * (coef.to(loss_per_sample) * loss_per_sample).sum()
-                gradients = self.layout.second_pass(weighted, rest, self._unsharded.of)
+                gradients = self.layout.second_pass(weighted, rest, self._unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._plan.second_pass(rest)
 
@@ -472,6 +525,20 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         for param in self._module.parameters():
             if hasattr(param, "summed_grad"):
                 del param.summed_grad
+
+
+_passing: GradSampleHooksFastGradientClipping | None = None  # whose private loss is on its way back
+
+
+@contextmanager
+def _pass_of(model: GradSampleHooksFastGradientClipping) -> Iterator[None]:
+    """A context for backward passes of a model's private loss; those of other models take no notice."""
+    global _passing
+    before, _passing = _passing, model
+    try:
+        yield
+    finally:
+        _passing = before
 
 
 def _is_finite(tensors: Iterable[Tensor]) -> bool:

@@ -34,7 +34,7 @@ from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record
 from opacus_fgc.shards import Unsharded
-from opacus_fgc.taps import Call, Receiver, leaves_of, tap, tensors_in, untapped
+from opacus_fgc.taps import Call, Receiver, brought_by, leaves_of, reached_by, tap, tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,6 +239,7 @@ class TappedModel(OpacusHooks):
         if not self._recomputing():
             record.batch_size_seen = _batch_size((args, kwargs), self.batch_first)
             self._verify(record, module, (args, kwargs))
+            record.brought.update(brought_by(tensors_in((args, kwargs))))
             inputs = self.layout.fingerprint((args, kwargs))
             record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
         self._outermost = module
@@ -366,9 +367,9 @@ class TappedModel(OpacusHooks):
         return 1 if isinstance(self._sampler(layer), Registered) else 2
 
     def _untapped(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Any]:
-        """The parameters that something depends on past their taps; see `taps.untapped`."""
+        """The parameters that something depends on past their taps; see `taps.reached_by`."""
         wanted = map(self._unsharded.of, self.trainable_parameters)
-        return set(map(self._unsharded.parameter, untapped(outputs, wanted, inputs)))
+        return set(map(self._unsharded.parameter, reached_by(outputs, wanted, inputs).past))
 
     def _begin_packed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""

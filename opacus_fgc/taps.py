@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
@@ -47,6 +46,11 @@ class Call:
     def with_activations(self, activations: list[Tensor]) -> Call:
         """The same call with other activations."""
         return Call(self._pending, activations)
+
+    @property
+    def shown_to(self) -> Any:
+        """Who has seen this call's backprops first; None before."""
+        return self._pending.shown_to
 
     def is_first_shown_to(self, receiver: Any) -> bool:
         """Whether no other receiver has seen this call's backprops before."""
@@ -167,9 +171,14 @@ class Tap(torch.autograd.Function):
         return tuple(output.detach() for output in tensors[:count])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:
         """Shows the backprops and passes them on."""
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True in a backward through a private model: a gradient inside of a loss, such as a gradient penalty, "
+                "uses the weights a second time, where no per-sample norms are taken. Compute it without create_graph, or leave "
+                "it out of the private loss (WGAN also has weight clipping: clamp the weights after optimizer.step())"
+            )
         pending = ctx.pending
         pending.receive(Call(pending, [activation.detach() for activation in ctx.saved_tensors]), backprops)
         return (None, None, *backprops, *[None] * ctx.activation_count)
@@ -229,45 +238,76 @@ def tap(
     return tree_unflatten(outputs, spec)
 
 
-def untapped(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Tensor]:
-    """The parameters that something depends on by a way on which no tap stands.
+class Reached(NamedTuple):
+    """What something depends on.
 
-    Their gradients would escape the norms: a weight used by another module than its own (``F.linear(x,
+    Attributes:
+        past: parameters that were looked for, and that are used by a way on which no tap stands for them.
+        before_model: other leaves, on ways that no tap of the model stands on: between its outputs and the loss.
+        in_model: other leaves, on ways behind its taps.
+        other_models: whether there are taps of other models behind its own.
+    """
+
+    past: set[Tensor]
+    before_model: set[Tensor]
+    in_model: set[Tensor]
+    other_models: bool
+
+
+def reached_by(
+    outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = (), anchor: Tensor | None = None
+) -> Reached:
+    """What something depends on but for what taps stand for.
+
+    Gradients of parameters past their taps would escape the norms: a weight used by another module than its own (``F.linear(x,
     embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not the child.
 
     Args:
         outputs: a loss, or what a module returned; with their autograd graph.
         params: the parameters to look for.
         inputs: where the search ends.
-
-    Returns:
-        Those among ``params`` that are used outside of the layers that were tapped for them.
+        anchor: of the model whose taps are its own; without it all are.
 
     Raises:
         NotImplementedError: if a part of the graph is hidden by reentrant checkpointing.
     """
     wanted = set(params)
-    found: set[Tensor] = set()
-    todo = _nodes(outputs)
-    for node in _visit(todo, set(_nodes(inputs))):
-        if type(node) is _TAP_NODE:
-            edges = [_behind(*edge) for edge in node.next_functions]
-            end = 1 + len(node.pending.outputs)
-            todo += edges[end:]
-            # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
-            for inner in _visit(edges[1:end], set(edges[end:])):
-                if type(inner) is _TAP_NODE:
-                    todo.append(inner)
-                elif _leaf(inner) in wanted and not node.pending.stands_for(inner.variable):
-                    found.add(inner.variable)
-        elif type(node) is _REENTRANT_NODE:
-            raise NotImplementedError(
-                "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on them; pass "
-                "use_reentrant=False"
-            )
-        elif _leaf(node) in wanted:
-            found.add(node.variable)
-    return found
+    past: set[Tensor] = set()
+    others: tuple[set[Tensor], set[Tensor]] = (set(), set())
+    other_models, behind = False, 0
+    seen = set(_nodes(inputs))
+    todo, later = _nodes(outputs), list[Any]()
+    while todo:
+        for node in _visit(todo, seen):
+            if type(node) is _TAP_NODE:
+                own = anchor is None or _leaf(node.next_functions[0][0]) is anchor
+                other_models |= bool(behind) and not own
+                edges = [_behind(*edge) for edge in node.next_functions]
+                end = 1 + len(node.pending.outputs)
+                (later if own and not behind else todo).extend(edges[end:])
+                # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
+                for inner in _visit(edges[1:end], set(edges[end:])):
+                    if type(inner) is _TAP_NODE:
+                        todo.append(inner)
+                    elif _leaf(inner) is not None and not node.pending.stands_for(inner.variable):
+                        (past if inner.variable in wanted else others[1]).add(inner.variable)
+            elif type(node) is _REENTRANT_NODE:
+                raise NotImplementedError(
+                    "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on them; "
+                    "pass use_reentrant=False"
+                )
+            elif _leaf(node) is not None:
+                (past if node.variable in wanted else others[behind]).add(node.variable)
+        todo, later, behind = later, [], 1
+    return Reached(past, *others, other_models)
+
+
+def brought_by(inputs: Iterable[Tensor]) -> dict[Tensor, bool]:
+    """The leaves with a gradient that inputs of a model depend on, and whether they are inputs themselves."""
+    with_gradient = [tensor for tensor in inputs if tensor.requires_grad]
+    return (
+        {leaf: any(leaf is one for one in with_gradient) for leaf in leaves_of(with_gradient)} if with_gradient else {}
+    )
 
 
 def _visit(todo: list[Any], seen: set[Any]) -> Iterator[Any]:
