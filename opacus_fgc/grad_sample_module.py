@@ -285,6 +285,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 parameter past its layer.
         """
         self._check_trainable(loss_per_sample)
+        self.check_accumulation()
         record = self._open_record()
         self.layout.check_samples(loss_per_sample, record.inputs)
         record.step, record.loss_scale = Step(retain_graph), loss_scale
@@ -397,10 +398,10 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in outside[:5] if leaf not in given)
             raise ValueError(
                 f"the loss depends on tensors that require a gradient and are outside of the wrapped model, of shapes {shapes}; "
-                "a private loss would give them none, since their gradients would be neither clipped nor noised. Weights that "
-                "learn from the data (a prompt, a criterion's own) have to be a part of the module that make_private gets. What is "
-                "public and learns through the model (a generator through its discriminator) is trained by the plain criterion "
-                "on model(...). What is not to be trained by this loss: detach it (x.detach()), or requires_grad_(False)"
+                "a private loss would give them none, since they would be neither clipped nor noised. Make what learns from "
+                "the data (a prompt, a criterion's own) a part of the module that make_private gets; train what is "
+                "public and learns through the model (a generator through its discriminator) by the plain criterion on "
+                "model(...); detach what this loss is not to train (x.detach()), or freeze it (requires_grad_(False))"
             )
         if given:
             warnings.warn(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +15,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.checks import check_loss_reduction
-from opacus_fgc.criterion import check_criterion, loss_per_sample
+from opacus_fgc.criterion import SampleLosses, check_criterion
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
+from opacus_fgc.independence import undisturbed
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.planner import MEMORY, Keep
 
@@ -77,7 +80,6 @@ def _clipped_backward(
     retain_graph: bool,
     keep: Keep,
 ) -> None:
-    module.check_accumulation()
     coef = module.coefficients(module.first_pass(loss_per_sample, keep, loss_scale, retain_graph))
     module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample, retain_graph))
 
@@ -382,7 +384,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         loss_reduction: str = "mean",
         backward: Backward = double_backward,
     ) -> None:
-        check_criterion(criterion, loss_reduction)
+        check_criterion(criterion, loss_reduction, list(module._module.parameters()))
         for owner, reduction in (("module", module.loss_reduction), ("optimizer", optimizer.loss_reduction)):
             if reduction != loss_reduction:
                 raise ValueError(
@@ -395,6 +397,22 @@ class DPLossFastGradientClipping(OpacusLoss):
         self.criterion = criterion
         self.loss_reduction = loss_reduction
         self.clipped_backward = backward
+        self._calls = 0
+
+    @property
+    def criterion(self) -> Callable[..., Any]:
+        """The criterion."""
+        return self._losses.criterion
+
+    @criterion.setter
+    def criterion(self, criterion: Callable[..., Any]) -> None:
+        self._losses = SampleLosses(criterion)
+
+    @contextmanager
+    def _aside(self, inputs: Any) -> Iterator[None]:
+        """A context for trying the criterion: the model, if it calls that, is not tapped, and comes out as it was."""
+        with self.module.hooks_off(), undisturbed(self.module._module, inputs):
+            yield
 
     def __call__(self, *args: Any, shape: Sequence[int] | None = None, **kwargs: Any) -> DPTensorFastGradientClipping:
         """Evaluates the criterion.
@@ -405,12 +423,22 @@ class DPLossFastGradientClipping(OpacusLoss):
             **kwargs: what the criterion takes by keyword.
 
         Returns:
-            One loss a sample: what the criterion gives for that sample alone. See `criterion.loss_per_sample`.
+            One loss a sample: what the criterion gives for that sample alone. See `criterion.SampleLosses`.
 
         Raises:
-            ValueError: if the criterion cannot be evaluated by sample.
+            ValueError: if the criterion cannot be evaluated by sample, or mixes samples.
         """
-        losses = loss_per_sample(self.criterion, self.loss_reduction, args, kwargs, shape, self.module.batch_first)
+        self._calls += 1
+        losses = self._losses(
+            args,
+            kwargs,
+            reduction=self.loss_reduction,
+            shape=shape,
+            batch_first=self.module.batch_first,
+            due=self._calls & (self._calls - 1) == 0,
+            aside=partial(self._aside, (args, kwargs)),
+            model=self.module._module,
+        )
         return DPTensorFastGradientClipping(
             self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward
         )

@@ -29,8 +29,8 @@ class Step:
         """Raises a RuntimeError if a plain loss may not come by, as torch does; whether there is memory left does not matter."""
         if not self._graph_is_retained:
             raise RuntimeError(
-                "Trying to backward through the graph a second time: backward() of a private loss came through it, and with that it "
-                "is used up. Call the model again, or Specify retain_graph=True when calling backward() on the private loss"
+                "Trying to backward through the graph a second time: backward() of a private loss came through it, which used it "
+                "up. Call the model again, or Specify retain_graph=True when calling backward() on the private loss"
             )
 
 

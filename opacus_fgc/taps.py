@@ -175,9 +175,9 @@ class Tap(torch.autograd.Function):
         """Shows the backprops and passes them on."""
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "create_graph=True in a backward through a private model: a gradient inside of a loss, such as a gradient penalty, "
-                "uses the weights a second time, where no per-sample norms are taken. Compute it without create_graph, or leave "
-                "it out of the private loss (WGAN also has weight clipping: clamp the weights after optimizer.step())"
+                "create_graph=True in a backward through a private model: a gradient inside of a loss, as a gradient penalty has "
+                "it, uses the weights a second time, where no per-sample norms are taken. Leave the penalty out (WGAN also "
+                "has weight clipping: clamp the weights after optimizer.step())"
             )
         pending = ctx.pending
         pending.receive(Call(pending, [activation.detach() for activation in ctx.saved_tensors]), backprops)
@@ -345,6 +345,12 @@ def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
     behind = _visit(_nodes(outputs), set())
     leaves = [output for output in outputs if output.is_leaf] + [_leaf(node) for node in behind]
     return [leaf for leaf in leaves if leaf is not None]
+
+
+def depends_past(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> bool:
+    """Whether outputs depend on something with a gradient by another way than by their inputs."""
+    ends = _visit(_nodes(outputs), set(_nodes(inputs)))
+    return any(type(node) in (_TAP_NODE, _REENTRANT_NODE) or _leaf(node) is not None for node in ends)
 
 
 def _leaf(node: Any) -> Tensor | None:
