@@ -288,6 +288,8 @@ class SampleLosses:
             run = _unreduced
         elif _takes_reduction(self.criterion):
             kwargs = {"reduction": reduction, **kwargs}
+        # As it is before this call, which may change it.
+        copies = self._copies(model) if self._owed or not self._checked else None
         result = run(self.criterion, args, kwargs)
         returns_losses = isinstance(result, Tensor) and result.dim() > 0
         if shape is not None or not batch_first:
@@ -296,6 +298,9 @@ class SampleLosses:
             size = Arguments.batch_size(args, kwargs)
             returns_losses = returns_losses and len(result) == size
         arguments = Arguments.of(args, kwargs, size, shape, batch_first, self._shared)
+        key = (arguments.kind, returns_losses)
+        if copies is None and key not in self._checked:
+            copies = self._copies(model)
 
         def evaluated(criterion: Any, arguments: Arguments) -> Tensor:
             if returns_losses or run is _unreduced:
@@ -312,27 +317,32 @@ class SampleLosses:
             losses = _by_sample(result, torch.ones_like(result), reduction, shape)
         else:
             losses = evaluated(self.criterion, arguments)
-        key = (arguments.kind, returns_losses)
-        if size > 1 and torch.is_grad_enabled() and (self._owed or key not in self._checked):
+        if copies is not None and size > 1 and torch.is_grad_enabled():
             with aside():
                 check = check_independent_losses if returns_losses else check_reduced_loss
-                if check(self._copies(model), evaluated, arguments):
+                if check(copies, evaluated, arguments):
                     self._owed = False
                     self._checked.add(key)
         return losses
 
     def _copies(self, model: nn.Module | None) -> Callable[[], Any]:
         """Gives the criterion as it is now, for a run that leaves nothing behind; functions cannot be copied."""
-        shared = {} if model is None else {id(part): part for part in (*model.modules(), *model.parameters())}
-
-        def made() -> Any:
-            return copy.deepcopy(self.criterion, dict(shared))
-
+        modules = list(self.criterion.modules()) if isinstance(self.criterion, nn.Module) else []
+        shared: list[Any] = [param for module in modules for param in module.parameters(recurse=False)]
+        if model is not None:
+            shared += [*model.modules(), *model.parameters()]
+        for part in modules or (self.criterion,):
+            # Results that it keeps cannot be copied, and are not written to.
+            kept = (value for value in getattr(part, "__dict__", {}).values() if isinstance(value, Tensor))
+            shared += [
+                value for value in kept if not value.is_leaf or torch._C._functorch.is_functorch_wrapped_tensor(value)
+            ]
+        memo = {id(part): part for part in shared}
         try:
-            made()
+            now = copy.deepcopy(self.criterion, dict(memo))
         except Exception:
             return lambda: self.criterion
-        return made
+        return lambda: copy.deepcopy(now, dict(memo))
 
 
 def _takes_reduction(criterion: Callable[..., Any]) -> bool:

@@ -116,10 +116,10 @@ class Arguments(NamedTuple):
         return tree_unflatten(one, self.spec)
 
     def taken(self, source: Tensor, only_with_gradient: bool = False, dtype: torch.dtype | None = None) -> Arguments:
-        """Other arguments, without the graph of these, of the same shapes and memory formats whatever ``source`` is.
+        """Other arguments, without the graph of these; of the same shapes and memory formats whatever samples are taken.
 
         Args:
-            source: for each sample the one whose rows it gets, shape ``(N,)``.
+            source: the samples whose rows are taken, any number of them.
             only_with_gradient: leave alone what does not require a gradient.
             dtype: what floating-point tensors are cast to.
         """
@@ -133,7 +133,7 @@ class Arguments(NamedTuple):
             if isinstance(leaf, Tensor):
                 cast = dtype is not None and leaf.is_floating_point()
                 leaves[place] = (leaves[place].to(dtype) if cast else leaves[place]).requires_grad_(leaf.requires_grad)
-        return self._replace(leaves=tuple(leaves))
+        return self._replace(leaves=tuple(leaves), size=len(source))
 
     def with_gradient(self) -> list[Tensor]:
         """What has rows and requires a gradient."""

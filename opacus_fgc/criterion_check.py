@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from opacus_fgc.criterion_arguments import Arguments
+from opacus_fgc.independence import OUT_OF_MEMORY
 
 Evaluate = Callable[[Any, Arguments], Tensor]
+
+_ELEMENTS, _SAMPLES = 2**24, 8
+"""Where gradients are compared, outputs of more elements are taken as they are, and of the first samples, so many at least."""
 
 _WHAT_TO_DO = (
     "Then no sample has a loss, and a gradient, of its own (contrastive losses, in-batch negatives, hard-example mining, weights "
@@ -49,13 +53,30 @@ def check_independent_losses(copies: Callable[[], Any], evaluate: Evaluate, argu
             taken = arguments.taken(source)
             return evaluate(copies() if criterion is None else criterion, taken).detach().cpu()
 
-    try:
-        before = losses(everyone)
-    except Exception as error:
-        raise ValueError(
-            f"the criterion cannot be run again on the same batch to see whether its losses are of one sample each: {error}. "
-            "Have it compute with its arguments alone"
-        ) from error
+    with torch.set_grad_enabled(_needs_graph(lambda: losses(everyone))):
+        _compare_losses(copies, losses, everyone)
+    return True
+
+
+def _needs_graph(run: Callable[[], Any]) -> bool:
+    """Whether something has to run with gradients, which take memory."""
+    for with_gradients in (False, True):
+        try:
+            with torch.set_grad_enabled(with_gradients):
+                run()
+            return with_gradients
+        except OUT_OF_MEMORY:
+            raise
+        except Exception as error:
+            failure = error
+    raise ValueError(
+        f"the criterion cannot be run again on the same batch to see whether its losses are of one sample each: {failure}. Have "
+        "it compute with its arguments alone"
+    ) from failure
+
+
+def _compare_losses(copies: Callable[[], Any], losses: Callable[..., Tensor], everyone: Tensor) -> None:
+    before = losses(everyone)
     if not _same(before, losses(everyone)).all():
         raise ValueError(
             "the criterion gives other losses for the same batch and the same random numbers, so that it cannot be known whether "
@@ -63,7 +84,7 @@ def check_independent_losses(copies: Callable[[], Any], evaluate: Evaluate, argu
             "(torch.use_deterministic_algorithms(True) finds others)"
         )
     largest, smallest = before.nan_to_num(-torch.inf).argmax(), before.nan_to_num(torch.inf).argmin()
-    for bit in range((arguments.size - 1).bit_length()):
+    for bit in range((len(everyone) - 1).bit_length()):
         first = (everyone >> bit) % 2 == 0
         for stays, other in ((first, largest), (~first, smallest), (first, smallest), (~first, largest)):
             after = losses(torch.where(stays, everyone, other))
@@ -73,7 +94,6 @@ def check_independent_losses(copies: Callable[[], Any], evaluate: Evaluate, argu
                     f"replaced. {_WHAT_TO_DO}"
                 )
     _check_memory(copies, lambda criterion, source: losses(source, criterion), everyone, largest)
-    return True
 
 
 def _check_memory(
@@ -110,9 +130,16 @@ def check_reduced_loss(copies: Callable[[], Any], evaluate: Evaluate, arguments:
     """
     if not arguments.with_gradient():
         return False
-    for dtype in (torch.float64, torch.float32, None):
+    elements = sum(leaf.numel() for leaf in arguments.with_gradient()) // arguments.size
+    some = max(_SAMPLES, _ELEMENTS // max(elements, 1))
+    large = elements * arguments.size > _ELEMENTS
+    if some < arguments.size:
+        arguments = arguments.taken(torch.arange(some))
+    for dtype in (None,) if large else (torch.float64, torch.float32, None):
         try:
             return _compare_reduced(copies, evaluate, arguments, dtype)
+        except OUT_OF_MEMORY:
+            raise
         except (RuntimeError, TypeError) as error:
             # A criterion may have tensors of one type with it.
             failure = error
