@@ -84,6 +84,14 @@ def _clipped_backward(
     module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample, retain_graph))
 
 
+_NOT_CLIPPED = (
+    "torch's own backward came to a private loss, and what it computes would not be clipped: by torch.autograd.grad, through a "
+    "function of the loss, or through a sum with a plain one. Call backward() on the private loss itself. Losses can be added, "
+    "subtracted, and multiplied or divided by numbers or by one weight a sample; add several by sum([first, second]), not by "
+    "torch.stack. Other functions belong into the criterion, which can return one loss a sample"
+)
+
+
 class _NotClipped(torch.autograd.Function):
     """What a private loss is for torch's own backward: an end, since what comes behind would not be clipped."""
 
@@ -95,12 +103,7 @@ class _NotClipped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Refuses."""
-        raise RuntimeError(
-            "torch's backward came to a private loss by a way on which its gradients would not be clipped: through a function "
-            "of the loss, or a sum with a plain one. Call backward() on the private loss itself. Losses can be added, "
-            "subtracted, and multiplied or divided by numbers or by one weight a sample; add several by sum([first, second]), "
-            "not by torch.stack. Other functions belong into the criterion, which can return one loss a sample"
-        )
+        raise RuntimeError(_NOT_CLIPPED)
 
 
 _LINEAR = {
@@ -194,6 +197,8 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
         name = getattr(func, "__name__", "")
         if func is torch.autograd.backward:
             return _backward_of_all(*args, **kwargs)
+        if func is torch.autograd.grad:
+            raise RuntimeError(_NOT_CLIPPED)
         loss = args[0] if args and isinstance(args[0], cls) else None
         if loss is not None and func is Tensor.backward:
             return loss.backward(*args[1:], **kwargs)
@@ -264,6 +269,15 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
             (self * float(gradient)).backward(retain_graph=retain_graph)
             return
         self._backward(self.module, self.loss_per_sample, self.loss_scale, bool(retain_graph))
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __format__(self, format_spec: str) -> str:
+        return format(self.item(), format_spec)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().__reduce_ex__(protocol)
