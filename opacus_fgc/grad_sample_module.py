@@ -380,6 +380,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
     def _check_outside(self, reached: Reached) -> None:
         """Raises a ValueError if something outside of the model would get no gradient from a private loss of this model."""
         assert self.record is not None
+        if not reached.model:
+            return  # there is nothing to clip, and the pass to the taps says so
         if reached.other_models:
             raise ValueError(
                 "the loss depends on another private model, whose output this one is called on, and would give it no gradient. "
@@ -454,9 +456,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
             self.clipped_sum, self.record = ClippedSum(), None
             raise
 
-    def clipped_gradients(
-        self, coef: Tensor, loss_per_sample: Tensor, retain_graph: bool = False
-    ) -> Iterator[tuple[Any, Tensor | None]]:
+    def clipped_gradients(self, coef: Tensor, loss_per_sample: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
         """``sum_n coef[n] * gradient[n]`` for each trainable parameter, after `first_pass`.
 
         It comes from what the first pass kept, and for the other parameters from a second pass: the gradient of
@@ -465,12 +465,12 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         Args:
             coef: shape ``(N,)``.
             loss_per_sample: the loss of the first pass, shape ``(N,)``.
-            retain_graph: as for `first_pass`.
 
         Yields:
             The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
         """
         assert self.record is not None
+        retain_graph = self.record.step is not None and self.record.step.graph_is_retained
         rest = self.layout.of_any(self.record.unkept)
         if rest and not self.layout.on_all_ranks(self.record.samples is None):
             # In a second pass inf and NaN would go through all that coefficients can do.

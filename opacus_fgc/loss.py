@@ -81,7 +81,7 @@ def _clipped_backward(
     keep: Keep,
 ) -> None:
     coef = module.coefficients(module.first_pass(loss_per_sample, keep, loss_scale, retain_graph))
-    module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample, retain_graph))
+    module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample))
 
 
 _NOT_CLIPPED = (

@@ -18,16 +18,16 @@ from opacus_fgc.taps import Interleave, Use
 class Step:
     """A private loss on its way back, which marks the calls that it comes by.
 
-    Args:
+    Attributes:
         graph_is_retained: whether plain losses may come by after it.
     """
 
     def __init__(self, graph_is_retained: bool) -> None:
-        self._graph_is_retained = graph_is_retained
+        self.graph_is_retained = graph_is_retained
 
     def check_plain_pass(self) -> None:
         """Raises a RuntimeError if a plain loss may not come by, as torch does; whether there is memory left does not matter."""
-        if not self._graph_is_retained:
+        if not self.graph_is_retained:
             raise RuntimeError(
                 "Trying to backward through the graph a second time: backward() of a private loss came through it, which used it "
                 "up. Call the model again, or Specify retain_graph=True when calling backward() on the private loss"

@@ -242,12 +242,14 @@ class Reached(NamedTuple):
     """What something depends on.
 
     Attributes:
+        model: whether there are taps of the model.
         past: parameters that were looked for, and that are used by a way on which no tap stands for them.
         before_model: other leaves, on ways that no tap of the model stands on: between its outputs and the loss.
         in_model: other leaves, on ways behind its taps.
         other_models: whether there are taps of other models behind its own.
     """
 
+    model: bool
     past: set[Tensor]
     before_model: set[Tensor]
     in_model: set[Tensor]
@@ -274,14 +276,14 @@ def reached_by(
     wanted = set(params)
     past: set[Tensor] = set()
     others: tuple[set[Tensor], set[Tensor]] = (set(), set())
-    other_models, behind = False, 0
+    model, other_models, behind = False, False, 0
     seen = set(_nodes(inputs))
     todo, later = _nodes(outputs), list[Any]()
     while todo:
         for node in _visit(todo, seen):
             if type(node) is _TAP_NODE:
                 own = anchor is None or _leaf(node.next_functions[0][0]) is anchor
-                other_models |= bool(behind) and not own
+                model, other_models = model or own, other_models or (bool(behind) and not own)
                 edges = [_behind(*edge) for edge in node.next_functions]
                 end = 1 + len(node.pending.outputs)
                 (later if own and not behind else todo).extend(edges[end:])
@@ -299,7 +301,7 @@ def reached_by(
             elif _leaf(node) is not None:
                 (past if node.variable in wanted else others[behind]).add(node.variable)
         todo, later, behind = later, [], 1
-    return Reached(past, *others, other_models)
+    return Reached(model, past, *others, other_models)
 
 
 def brought_by(inputs: Iterable[Tensor]) -> dict[Tensor, bool]:
