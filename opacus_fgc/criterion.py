@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from opacus_fgc.checks import check_loss_reduction
 from opacus_fgc.criterion_arguments import Arguments
 from opacus_fgc.criterion_check import check_independent_losses, check_reduced_loss
+from opacus_fgc.independence import OUT_OF_MEMORY
 from opacus_fgc.taps import depends_past
 
 
@@ -149,6 +150,7 @@ class _TorchCriterion:
         self._module = criterion if isinstance(criterion, nn.Module) else None
         self._function = criterion.func if isinstance(criterion, partial) else criterion
         name = type(criterion).__name__ if self._module is not None else self._function.__name__
+        self._signature = inspect.signature(self._function if self._module is None else self._module.forward)
         self._kind, self._is_ctc = _KINDS.get(name, _Kind()), name in ("CTCLoss", "ctc_loss")
 
     @staticmethod
@@ -194,9 +196,9 @@ class _TorchCriterion:
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if self._module is not None:
-            return inspect.signature(self._module.forward).bind(*args, **kwargs).arguments
+            return self._signature.bind(*args, **kwargs).arguments
         bound: Any = self._criterion if isinstance(self._criterion, partial) else partial(self._criterion)
-        arguments = inspect.signature(self._function).bind(*bound.args, *args, **{**bound.keywords, **kwargs})
+        arguments = self._signature.bind(*bound.args, *args, **{**bound.keywords, **kwargs})
         arguments.apply_defaults()
         return arguments.arguments
 
@@ -374,6 +376,9 @@ def _by_sample(losses: Tensor, counts: Tensor, within: str, shape: Sequence[int]
     return sums / torch.where(counted == 0, torch.ones_like(counted), counted)
 
 
+_NO_NUMBER = torch.zeros(2)
+
+
 def _one_at_a_time(criterion: Callable[..., Any], arguments: Arguments) -> Tensor:
     rows = arguments.rows()
     if arguments.size == 0:
@@ -382,15 +387,24 @@ def _one_at_a_time(criterion: Callable[..., Any], arguments: Arguments) -> Tenso
     def of_one(*rows: Tensor) -> Tensor:
         args, kwargs = arguments.of_one(rows)
         loss = criterion(*args, **kwargs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError("the criterion's result is not one number for one sample; return losses of shape (N,)")
-        return loss.reshape(())
+        return loss.reshape(()) if isinstance(loss, Tensor) and loss.numel() == 1 else _NO_NUMBER
 
     try:
-        losses = torch.func.vmap(of_one, randomness="different")(*rows)
-    except RuntimeError:
-        # What vmap cannot do, a loop can.
-        losses = torch.stack([of_one(*row) for row in zip(*rows, strict=True)])
+        try:
+            losses = torch.func.vmap(of_one, randomness="different")(*rows)
+        except RuntimeError:
+            # What vmap cannot do, a loop can.
+            losses = torch.stack([of_one(*row) for row in zip(*rows, strict=True)])
+    except OUT_OF_MEMORY:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the criterion cannot be evaluated on one sample by itself: {error}. All that is the sample's has to be a row of a "
+            "tensor among the criterion's arguments (outputs.logits, not an object that has them); or have it return one loss "
+            "for each sample (reduction='none')"
+        ) from error
+    if losses.dim() != 1:
+        raise ValueError("the criterion's result is not one number for one sample; return losses of shape (N,)")
     if depends_past([losses], rows):
         raise ValueError(
             "the criterion brings in something with a gradient that is no row of its arguments, and that would be whole in every "

@@ -286,6 +286,9 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         """
         self._check_trainable(loss_per_sample)
         self.check_accumulation()
+        if self.record is not None and self.record.receiving:
+            # Another loss came by the same forward.
+            self.record = self.record.again()
         record = self._open_record()
         self.layout.check_samples(loss_per_sample, record.inputs)
         record.step, record.loss_scale = Step(retain_graph), loss_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -340,6 +341,12 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
         return self._with(self._operand(other) - self.loss_per_sample)
 
     def __mul__(self, other: Any) -> DPTensorFastGradientClipping:
+        caller = sys._getframe(1).f_code
+        if caller.co_name == "scale" and "grad_scaler" in caller.co_filename:
+            raise TypeError(
+                "torch's GradScaler scales a loss before it is clipped, and skips steps by what the data is, which no noise "
+                "covers; use opacus_fgc.GradScaler"
+            )
         return self._with(self.loss_per_sample * self._operand(other))
 
     def __rmul__(self, other: Any) -> DPTensorFastGradientClipping:

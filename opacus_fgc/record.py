@@ -88,6 +88,7 @@ class Record:
         other = Record(self.loss_reduction)
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.rows_known = self.batch_size_seen, self.rows_known
+        other.inputs = self.inputs
         other.expectations, other.step, other.brought = self.expectations, self.step, self.brought
         return other
 

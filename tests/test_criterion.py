@@ -369,7 +369,41 @@ def two_batches() -> tuple[Tensor, Tensor]:
     return torch.randn(5, 3), torch.randn(5, D)
 
 
+# Losses of tokens, and of batches that are not first
+
+
+def test_own_criterion_of_flattened_tokens() -> None:
+    x, y = tokens().flatten(0, 1), token_classes().flatten()
+    losses = losses_of(of_each, x, y.clamp(min=0), shape=(N, LENGTH, D))
+    assert_equal(losses.detach(), of_each(x, y.clamp(min=0)).detach().view(N, LENGTH).mean(1), "losses")
+    over_all = lambda o, y: of_each(o, y) / of_each(o, y).detach().mean()
+    with pytest.raises(ValueError, match=MIXES):
+        losses_of(over_all, x.detach(), y.clamp(min=0), shape=(N, LENGTH, D))
+
+
+@pytest.mark.parametrize("length", [LENGTH, N])
+def test_own_criterion_of_a_batch_that_is_not_first(length: int) -> None:
+    o, y = torch.randn(length, N, D), classes()
+    last = lambda o, y: of_each(o[-1], y)
+    assert_equal(losses_of(last, o, y, batch_first=False).detach(), last(o, y).detach(), "losses")
+    with pytest.raises(ValueError, match=MIXES):
+        losses_of(lambda o, y: last(o - o.mean(1, keepdim=True), y), o.detach(), y, batch_first=False)
+    with pytest.raises(ValueError, match="one value for all"):
+        losses_of(lambda o, y: last(o, y).mean(), o.detach(), y, batch_first=False)
+
+
 # What is no row of an argument
+
+
+def test_object_with_outputs() -> None:
+    logits, y = outputs().requires_grad_(), classes()
+    with pytest.raises(ValueError, match=r"outputs\.logits, not an object"):
+        SampleLosses(lambda out, y: F.cross_entropy(out.logits, y))(
+            (SimpleNamespace(logits=logits), y), {}, reduction="mean"
+        )
+    out = {"logits": logits, "hidden": (logits * 2, None)}
+    losses = SampleLosses(lambda out, y: F.cross_entropy(out["logits"], y))((out, y), {}, reduction="mean", due=True)
+    assert_equal(losses.detach(), of_each(logits, y).detach(), "losses")
 
 
 class WithLoss(nn.Module):

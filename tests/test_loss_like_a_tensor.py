@@ -360,3 +360,33 @@ def test_graph_that_is_retained_past_the_next_forward(mode: str) -> None:
     loss.backward()
     step.check()
     assert_equal(step.module.per_sample_gradient_norms, step.oracle.total_norm(), "norms")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_plain_loss_first(mode: str) -> None:
+    """A plain loss that goes through the graph before the private one, as for an attack on the data, leaves that as it is."""
+    torch.manual_seed(0)
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x.flatten(0, 1)).tanh().view(*x.shape[:2], -1)
+            return self.last(hidden).mean(1)
+
+    model, x, y = Tokens(), torch.randn(N, 3, 4), torch.randint(D, (N,))
+    oracle = reference(model, PLAIN, (x,), y, N)
+    module, criterion = wrapped(model, PLAIN, backward=MODES[mode])
+    output = module(x)
+    torch.autograd.grad(PLAIN(output, y), model.first.weight, retain_graph=True)
+    criterion(output, y).backward()
+    for name, param in model.named_parameters():
+        assert_equal(param.summed_grad, oracle.clipped_sum(0.05)[name], name)
+
+
+def test_scaler_of_torch() -> None:
+    """It would scale what is clipped."""
+    with pytest.raises(TypeError, match=r"use opacus_fgc\.GradScaler"):
+        torch.amp.GradScaler("cpu").scale(Step().loss)
