@@ -183,8 +183,10 @@ class _TorchCriterion:
         """
         given = dict(self._arguments(args, kwargs))
         self._check_elementwise(list(given.values())[: self._kind.elementwise])
-        stated = kwargs.get("reduction", stated_reduction(self._criterion))
-        check_criterion(partial(self._function, reduction=stated), reduction)
+        stated = stated_reduction(self._criterion)
+        if "reduction" in kwargs:
+            stated = kwargs["reduction"]
+            check_criterion(partial(self._function, reduction=stated), reduction)
         losses = _unreduced(self._criterion, args, kwargs)
         if self._is_ctc:
             lengths = torch.as_tensor(given["target_lengths"], device=losses.device)
@@ -244,7 +246,8 @@ class SampleLosses:
     def __init__(self, criterion: Callable[..., Any]) -> None:
         self.criterion = criterion
         self._of_torch = _TorchCriterion(criterion) if _TorchCriterion.serves(criterion) else None
-        self._shared: dict[str, set[int]] = {}
+        self._takes_reduction = self._of_torch is None and _takes_reduction(criterion)
+        self._shared: dict[Any, set[int]] = {}
         self._checked: set[Any] = set()
         self._owed = False
 
@@ -288,7 +291,7 @@ class SampleLosses:
 
         if shape is not None or not batch_first:
             run = _unreduced
-        elif _takes_reduction(self.criterion):
+        elif self._takes_reduction:
             kwargs = {"reduction": reduction, **kwargs}
         # As it is before this call, which may change it.
         copies = self._copies(model) if self._owed or not self._checked else None

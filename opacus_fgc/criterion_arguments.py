@@ -34,12 +34,14 @@ class Arguments(NamedTuple):
         spec: how they are nested.
         places: those with rows of samples.
         size: number of samples.
+        kind: what is the same for arguments that are nested alike, and whose rows are in the same places.
     """
 
     leaves: tuple[Any, ...]
     spec: TreeSpec
     places: tuple[Place, ...]
     size: int
+    kind: Any
 
     @staticmethod
     def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -59,7 +61,7 @@ class Arguments(NamedTuple):
         size: int,
         shape: Sequence[int] | None,
         batch_first: bool,
-        shared: dict[str, set[int]],
+        shared: dict[Any, set[int]],
     ) -> Arguments:
         """Finds the rows: what has as many as there are samples, unless it had another number of them before.
 
@@ -72,7 +74,8 @@ class Arguments(NamedTuple):
             shared: the leaves that all samples share, by how arguments are nested; it grows with what is seen.
         """
         leaves, spec = tree_flatten((args, kwargs))
-        of_all = shared.setdefault(repr(spec), set())
+        nested = (len(args), tuple(kwargs), len(leaves))
+        of_all = shared.setdefault(nested, set())
         places = []
         for place, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or leaf.dim() == 0 or place in of_all:
@@ -87,12 +90,7 @@ class Arguments(NamedTuple):
                 places.append(Place(place, 0, shape[1]))
             elif size > 1:
                 of_all.add(place)
-        return Arguments(tuple(leaves), spec, tuple(places), size)
-
-    @property
-    def kind(self) -> Any:
-        """What is the same for arguments of the same kind."""
-        return repr(self.spec), self.places
+        return Arguments(tuple(leaves), spec, tuple(places), size, (nested, tuple(places)))
 
     @property
     def device(self) -> torch.device:

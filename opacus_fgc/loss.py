@@ -93,6 +93,9 @@ _NOT_CLIPPED = (
 )
 
 
+_NO_LEAF = torch.zeros((), requires_grad=True)
+
+
 class _NotClipped(torch.autograd.Function):
     """What a private loss is for torch's own backward: an end, since what comes behind would not be clipped."""
 
@@ -173,7 +176,7 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
             value = value.full_tensor()
         if loss_per_sample.requires_grad:
             with torch.enable_grad():
-                value = _NotClipped.apply(torch.zeros((), requires_grad=True), value)
+                value = _NotClipped.apply(_NO_LEAF, value)
         return value.as_subclass(cls)
 
     def __init__(
