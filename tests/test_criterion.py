@@ -159,6 +159,12 @@ OF_SEVERAL_SAMPLES: dict[str, tuple[Any, Make, Make]] = {
     ),
     "correlation": (lambda o, y: -torch.corrcoef(torch.stack([o, y]))[0, 1], one_number, one_number),
     "spread": (lambda o, y: F.mse_loss(o, y) - o.var(0).sum(), outputs, outputs),
+    "spread-without-gradient": (
+        lambda o, y: F.mse_loss(o, y) + o.detach().var(0, correction=0).sum(),
+        outputs,
+        outputs,
+    ),
+    "other-sign-in-a-batch": (lambda o, y: F.mse_loss(o, y) * (1 if len(o) == 1 else -1), outputs, outputs),
     "scaled-by-the-largest": (lambda o, y: F.mse_loss(o / o.abs().max(), y), outputs, outputs),
     "broadcast": (lambda o, y: F.mse_loss(o[:, :1], y[:, 0]), outputs, outputs),
     "mean-and-sum": (lambda o, y: o.square().mean() + (o - y).abs().sum(), outputs, outputs),
@@ -197,6 +203,26 @@ def test_losses_of_several_samples(name: str, dtype: torch.dtype) -> None:
     y = target()
     with pytest.raises(ValueError, match=MIXES):
         losses_of(criterion, output().to(dtype), y.to(dtype) if y.is_floating_point() else y)
+
+
+def test_random_numbers_are_told() -> None:
+    """Of one loss a sample they are right, and else nothing can be compared."""
+    noisy = lambda o, y, **options: F.mse_loss(o + torch.randn_like(o), y, **options)
+    with pytest.raises(ValueError, match="draws random numbers"):
+        losses_of(noisy, outputs(), outputs())
+    losses_of(partial(noisy, reduction="none"), outputs(), outputs())
+
+
+def test_losses_that_are_others_in_each_run() -> None:
+    generator = torch.Generator()
+    with pytest.raises(ValueError, match="other losses for the same batch and the same random numbers"):
+        losses_of(lambda o, y: of_each(o, y) * torch.rand(1, generator=generator), outputs(), classes())
+
+
+def test_criterion_that_cannot_be_run_again() -> None:
+    once = iter([1.0])
+    with pytest.raises(ValueError, match="cannot be run again"):
+        losses_of(lambda o, y: of_each(o, y) * next(once), outputs(), classes())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
