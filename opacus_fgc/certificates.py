@@ -115,6 +115,10 @@ class Schedule:
         new = size > self._largest or structure not in self._certified
         return self.how == "always" or new or self.passes >= self._next
 
+    def is_due_at(self, count: int) -> bool:
+        """Whether what is counted by ``count``, and for which nothing can be new, is due."""
+        return self.how == "always" or (self.how == "thinning" and count & (count - 1) == 0)
+
     @property
     def is_expected(self) -> bool:
         """Whether the next pass is due whatever it is like."""
@@ -401,10 +405,14 @@ def replacements(
         sign: of the enlarged features.
     """
     chosen = sorted(generator.sample(range(size), max(1, size // 2))) if size else []
-    sources = [generator.choice([other for other in range(size) if other != place] or [place]) for place in chosen]
+    kept = [place for place in range(size) if place not in chosen]
+    # One and the same in the place of all, so that what is computed over the batch changes.
+    sources = [generator.choice(kept or chosen)] * len(chosen) if size else []
     return [
-        Replacement(size, chosen, sources, axis, factor, vectors, shared)
-        for factor in ((sign * 1024.0, 1.0) if enlarge else (1.0,))
+        Replacement(size, chosen, sources, axis, factor, every, vectors, shared)
+        for factor, every in (
+            ((sign * 1024.0, True), (sign * 1024.0, False), (1.0, False)) if enlarge else ((1.0, False),)
+        )
         for vectors in (True, False)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,10 +25,10 @@ from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGrad
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import NOTHING, Budget, Keep
 from opacus_fgc.precision import full_precision
-from opacus_fgc.record import Record
+from opacus_fgc.record import Record, Step
 from opacus_fgc.shards import View, view
 from opacus_fgc.tapped_model import Tapped
-from opacus_fgc.taps import Call, Reached, Use
+from opacus_fgc.taps import Call, Reached, Use, reached_by
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -119,7 +120,13 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
         if self._witness is not None:
             self._witness.see(call, backprops)
-        elif self.hooks_enabled:
+            return
+        # The private loss of another model may come through this one, such as that of a generator through its discriminator.
+        if self.hooks_enabled and _passing in (None, self):
+            step = call.shown_to
+            if _passing is None and step is not None:
+                step.check_plain_pass()
+                return
             if self.record is None:
                 self._open_record()
             assert self.record is not None
@@ -277,7 +284,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         if self.certify(losses, reached, record, 1.0):
             self.record = record.again()
             self.record.samples_in_loss = len(losses)
-            again = self._pass_to_taps(self.record, losses, NOTHING)
+            again = self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
             self.record, self.per_sample_gradient_norms = record, norms
             if not torch.allclose(again, norms.to(again), rtol=1e-2):
                 raise ValueError(
@@ -287,7 +294,13 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 )
         self._checked_by_hand = True
 
-    def first_pass(self, loss_per_sample: Tensor, keep: Keep = NOTHING, loss_scale: float = 1.0) -> Tensor:
+    def first_pass(
+        self,
+        loss_per_sample: Tensor,
+        keep: Keep = NOTHING,
+        loss_scale: float = 1.0,
+        retain_graph: bool = False,
+    ) -> Tensor:
         """Backward to the taps alone, without any weight gradient.
 
         Args:
@@ -295,6 +308,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             keep: what is kept for `clipped_gradients`. Where that is everything, the graph is given up.
             loss_scale: what the losses are multiplied with, and gradients and norms divided by, so that backprops do not vanish
                 in float16.
+            retain_graph: whether plain losses may go through the graph after `clipped_gradients`.
 
         Returns:
             The norm of each sample's gradient, shape ``(N,)``.
@@ -305,12 +319,16 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 parameter past its layer.
         """
         reached = self._check_trainable(loss_per_sample)
+        self.check_accumulation()
+        if self.record is not None and self.record.receiving:
+            # Another loss came by the same forward.
+            self.record = self.record.again()
         record = self._open_record()
         self.layout.check_samples(loss_per_sample, record.inputs)
         record.samples_in_loss = len(loss_per_sample)
         self.certify(loss_per_sample, reached, record, loss_scale)
-        record.step, record.loss_scale = object(), loss_scale
-        norms = self._pass_to_taps(record, loss_per_sample, keep)
+        record.step, record.loss_scale = Step(retain_graph), loss_scale
+        norms = self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
                 f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
@@ -319,12 +337,15 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             )
         return norms
 
-    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep) -> Tensor:
+    def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
+        with _pass_of(self):
+            torch.autograd.grad(loss, self._anchor, retain_graph=retain_graph, allow_unused=True)
+
+    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep, retain_graph: bool) -> Tensor:
         record.loss_reduction, record.budget = "sum", Budget(keep)
         record.looking = not _is_finite([loss_per_sample])
         try:
-            loss = record.loss_scale * loss_per_sample.sum()
-            torch.autograd.grad(loss, self._anchor, retain_graph=not keep.everything, allow_unused=True)
+            self._backward_to_taps(record.loss_scale * loss_per_sample.sum(), retain_graph or not keep.everything)
             return self.get_norm_sample()
         except BaseException:
             # Half a pass is of no use to any other, and holds activations.
@@ -391,17 +412,53 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             raise ValueError(
                 f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum after clipping, or "
                 "not see it at all. Remove it; what it does can be done to the noisy gradient, before the step: "
-                "optimizer.attach_step_hook(lambda optimizer: ...)"
+                "optimizer.original_optimizer.register_step_pre_hook(lambda *_: ...)"
             )
-        reached = self._reached([loss_per_sample])
-        outside = reached.escaped
-        if outside:
+        reached = reached_by([loss_per_sample], map(self._unsharded.of, self.trainable_parameters), anchor=self._anchor)
+        if reached.past:
+            past = map(self._unsharded.parameter, reached.past)
             raise ValueError(
-                f"the loss depends on {', '.join(sorted(names[param] for param in outside))} past the layer that has it, so "
+                f"the loss depends on {', '.join(sorted(names[param] for param in past))} past the layer that has it, so "
                 "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
                 "put penalties on weights into the optimizer (weight_decay)"
             )
+        self._check_outside(reached)
         return reached
+
+    def _check_outside(self, reached: Reached) -> None:
+        """Raises a ValueError if something outside of the model would get no gradient from a private loss of this model."""
+        assert self.record is not None
+        if not reached.model:
+            return  # there is nothing to clip, and the pass to the taps says so
+        if reached.other_models:
+            raise ValueError(
+                "the loss depends on another private model, whose output this one is called on, and would give it no gradient. "
+                "If it is not to be trained by this loss, detach its output (output.detach()); if it is, as a generator by its "
+                "discriminator, compute that loss with the criterion of the other model's own make_private"
+            )
+        brought = self.record.brought
+        outside = [
+            leaf
+            for leaf in dict.fromkeys([*reached.before_model, *reached.in_model])
+            # What a model makes itself, as checkpointing of adapters does, is nobody's to train.
+            if leaf in reached.before_model or isinstance(leaf, nn.Parameter) or leaf in brought
+        ]
+        given = [leaf for leaf in outside if brought.get(leaf) and not isinstance(leaf, nn.Parameter)]
+        if len(given) < len(outside):
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in outside[:5] if leaf not in given)
+            raise ValueError(
+                f"the loss depends on tensors that require a gradient and are outside of the wrapped model, of shapes {shapes}; "
+                "a private loss would give them none, since they would be neither clipped nor noised. Make what learns from "
+                "the data (a prompt, a criterion's own) a part of the module that make_private gets; train what is "
+                "public and learns through the model (a generator through its discriminator) by the plain criterion on "
+                "model(...); detach what this loss is not to train (x.detach()), or freeze it (requires_grad_(False))"
+            )
+        if given:
+            warnings.warn(
+                f"inputs of shapes {', '.join(str(tuple(leaf.shape)) for leaf in given)} require a gradient, and a private loss "
+                "gives them none; for that take the plain criterion: torch.autograd.grad(plain(model(x), y), x)",
+                stacklevel=2,
+            )
 
     @contextmanager
     def plan(self) -> Iterator[Plan]:
@@ -461,19 +518,20 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
         """
         assert self.record is not None
+        retain_graph = self.record.step is not None and self.record.step.graph_is_retained
         rest = self.layout.of_any(self.record.unkept)
         if rest and not self.layout.on_all_ranks(self.record.samples is None):
             # In a second pass inf and NaN would go through all that coefficients can do.
             samples, self.record = self.record.samples, self.record.again()
-            self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True))
+            self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True), retain_graph)
             self.record.samples, rest = samples, []
         later = set(rest)
         self._plan.lap()
         yield from self.layout.as_parameters(self._kept_sums(later, coef))
         if rest:
-            with self.hooks_off():
+            with self.hooks_off(), _pass_of(self):
                 weighted = self.record.loss_scale * (coef.to(loss_per_sample) * loss_per_sample).sum()
-                gradients = self.layout.second_pass(weighted, rest, self._unsharded.of)
+                gradients = self.layout.second_pass(weighted, rest, self._unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._plan.second_pass(rest)
 
@@ -522,6 +580,20 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         for param in self._module.parameters():
             if hasattr(param, "summed_grad"):
                 del param.summed_grad
+
+
+_passing: GradSampleHooksFastGradientClipping | None = None  # whose private loss is on its way back
+
+
+@contextmanager
+def _pass_of(model: GradSampleHooksFastGradientClipping) -> Iterator[None]:
+    """A context for backward passes of a model's private loss; those of other models take no notice."""
+    global _passing
+    before, _passing = _passing, model
+    try:
+        yield
+    finally:
+        _passing = before
 
 
 def _has_hooks(param: Any) -> bool:

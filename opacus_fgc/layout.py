@@ -299,16 +299,19 @@ class Layout:
                 shape[placement.dim] = len(cut_rows(shape[placement.dim], axis))
         return torch.zeros(shape, dtype=param.dtype, device=self._device)
 
-    def second_pass(self, loss: Tensor, params: Sequence[Any], seen: Callable[[Any], Tensor]) -> list[Tensor | None]:
+    def second_pass(
+        self, loss: Tensor, params: Sequence[Any], seen: Callable[[Any], Tensor], retain_graph: bool = False
+    ) -> list[Tensor | None]:
         """The gradients of a weighted loss by some parameters, as they belong into ``summed_grad``; None for 0.
 
         Args:
             loss: a scalar.
             params: the parameters.
             seen: gives the tensor that layers see in the place of a parameter.
+            retain_graph: as for `torch.autograd.grad`.
         """
         if not self._fsdp:
-            gradients = torch.autograd.grad(loss, params, allow_unused=True)
+            gradients = torch.autograd.grad(loss, params, retain_graph=retain_graph, allow_unused=True)
             return [
                 gradient.redistribute(param.device_mesh, param.placements)
                 if isinstance(gradient, DTensor)
@@ -320,7 +323,7 @@ class Layout:
         for param in params:
             param.grad = None
         try:
-            torch.autograd.backward(loss, inputs=[seen(param) for param in params])
+            torch.autograd.backward(loss, retain_graph=retain_graph, inputs=[seen(param) for param in params])
             scales = {id(group): self._divided_by(group) for module in self._fsdp for group in _param_groups(module)}
             if len(set(scales.values())) != 1:
                 raise NotImplementedError("FSDP modules with different gradient divide factors are not supported")

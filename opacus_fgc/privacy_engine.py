@@ -357,7 +357,7 @@ def _check_arguments(
     clipping.gradient_noise_multiplier(noise_multiplier)
     check_loss_reduction(loss_reduction)
     if criterion is not None:
-        check_criterion(criterion, loss_reduction)
+        check_criterion(criterion, loss_reduction, list(module.parameters()))
     _check_layers(module)
     layout = Layout(module)
     if not poisson_sampling:

@@ -16,6 +16,25 @@ from opacus_fgc.precision import at_least_float32, full_precision, without_autoc
 from opacus_fgc.taps import Interleave, Use
 
 
+class Step:
+    """A private loss on its way back, which marks the calls that it comes by.
+
+    Attributes:
+        graph_is_retained: whether plain losses may come by after it.
+    """
+
+    def __init__(self, graph_is_retained: bool) -> None:
+        self.graph_is_retained = graph_is_retained
+
+    def check_plain_pass(self) -> None:
+        """Raises a RuntimeError if a plain loss may not come by, as torch does; whether there is memory left does not matter."""
+        if not self.graph_is_retained:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time: backward() of a private loss came through it, which used it "
+                "up. Call the model again, or Specify retain_graph=True when calling backward() on the private loss"
+            )
+
+
 class Record:
     """Born at a step's first forward, gone at the next one's.
 
@@ -39,6 +58,7 @@ class Record:
         unkept: the parameters that were measured, and of which nothing was kept.
         samples: a mask of the samples that take part in `weighted_sum`, shape ``(N,)``; None if all do.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
+        brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
@@ -57,7 +77,8 @@ class Record:
         self.interleave = Interleave()
         self.unkept: list[Any] = []
         self.samples: Tensor | None = None
-        self.step: object | None = None
+        self.step: Step | None = None
+        self.brought: dict[Tensor, bool] = {}
         self.looking = False
         self.first_not_finite = ""
         self._expected: dict[Any, int] = {}
@@ -72,7 +93,8 @@ class Record:
         other = Record(self.loss_reduction)
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
-        other.expectations, other.step = self.expectations, self.step
+        other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
+        other.expectations, other.step, other.brought = self.expectations, self.step, self.brought
         return other
 
     @property

@@ -104,16 +104,17 @@ def copied(tree: Any) -> Any:
 class Replacement:
     """Which samples of a batch are replaced, and by what.
 
-    In place of a chosen sample comes what another sample has, so that values stay in their range. Where floating-point features
-    are no whole numbers they are enlarged, so that statistics of the batch move by much. What has the values 0 and 1 only, as masks
-    have, stays: models ask whether a mask masks anything, and run other kernels then.
+    In place of a chosen sample comes what another sample has, with floating-point features enlarged, so that statistics of the batch
+    move by much. What has the values 0 and 1 only, as masks have, stays: models ask whether a mask masks anything, and run other
+    kernels then.
 
     Attributes:
         size: number of samples in the batch.
         chosen: those that are replaced.
         sources: for each of them another sample.
         axis: the axis of tensors that counts samples.
-        factor: what features are multiplied with; 1 or a large number.
+        factor: what floating-point features are multiplied with; 1 or a large number.
+        every: whether those that are whole numbers are, too, which may be categories.
         vectors: whether whole numbers of shape ``(N,)``, which may be lengths, are replaced as well.
         shared: paths of tensors that are known to have no samples in them; it is added to.
         shorten: whether masks of chosen samples lose their last 1.
@@ -127,6 +128,7 @@ class Replacement:
     sources: list[int]
     axis: int
     factor: float = 1.0
+    every: bool = True
     vectors: bool = True
     shared: set[str] = field(default_factory=set)
     shorten: bool = False
@@ -172,19 +174,18 @@ class Replacement:
         at, source = (torch.tensor(rows, device=value.device) for rows in (places, others))
         with torch.no_grad():
             own, new = value.index_select(axis, at), value.index_select(axis, source)
-            whole = not (value.is_floating_point() or value.is_complex())
-            if whole and _is_mask(value):
+            numbers = value.is_floating_point() or value.is_complex()
+            if not value.is_complex() and _is_mask(value):
                 self.masks.add(path)
                 if not self.shorten:
                     return UNCHANGED
                 new = _shortened(own) if own.dim() > 1 else new
-            if whole and value.dim() == 1 and not self.vectors:
+            elif not numbers and value.dim() == 1 and not self.vectors:
                 return UNCHANGED
-            if not whole and self.factor != 1:
-                fractional = value != value.round() if value.is_floating_point() else value != 0
-                fractional = (fractional & value.isfinite()).any(axis, keepdim=True)
+            elif numbers and self.factor != 1:
                 factor = self.factor if torch.finfo(value.dtype).max > 2.0**17 else self.factor / 256
-                new = torch.where(fractional, new * factor, new)
+                enlarged = new * factor
+                new = enlarged if self.every else torch.where(_fractional(value, axis), enlarged, new)
             if torch.equal(own, new):
                 new = _other_than(own)
             self.replaced.add(path)
@@ -229,6 +230,12 @@ class Replacement:
 
 def _is_mask(value: Tensor) -> bool:
     return value.dtype is torch.bool or bool(((value == 0) | (value == 1)).all())
+
+
+def _fractional(value: Tensor, axis: int) -> Tensor:
+    """Which features are no whole numbers for all samples."""
+    fractional = value != (0 if value.is_complex() else value.round())
+    return (fractional & value.isfinite()).any(axis, keepdim=True)
 
 
 def _shortened(masks: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record
 from opacus_fgc.samples import batch_size, some_samples, tensors_of
 from opacus_fgc.shards import Unsharded
-from opacus_fgc.taps import Call, Reached, Receiver, leaves_of, reached, tap, tensors_in
+from opacus_fgc.taps import Call, Receiver, brought_by, leaves_of, reached_by, tap, tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,6 +249,7 @@ class TappedModel(OpacusHooks):
             is_first = module not in self._verified
             state = ModelState(self._module) if is_first or self.schedule.is_expected else None
             self._verify(record, module, (args, kwargs))
+            record.brought.update(brought_by(tensors_of((args, kwargs))))
             inputs = self.layout.fingerprint((args, kwargs))
             record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
             self._entrance = Entrance(module, args, kwargs, self._every_module, state)
@@ -293,12 +294,12 @@ class TappedModel(OpacusHooks):
             if self.layout.on_all_ranks(not self._ops.undecided):
                 return
             some = some_samples(inputs, size, 0, length, self._axis)
-            with self._undisturbed(module, some), suppress(Exception):
+            with self.undisturbed(module, some), suppress(Exception):
                 # What a model cannot do, or has no memory for, only leaves that unknown.
                 self._trial(module, some, length)
 
     @contextmanager
-    def _undisturbed(self, module: nn.Module, inputs: Any) -> Iterator[None]:
+    def undisturbed(self, module: nn.Module, inputs: Any) -> Iterator[None]:
         """A context for forwards of no consequence, after which random states, modes and the model's state are as before."""
         with Entrance(module, *inputs, self._every_module).again(keep=True), restored(self._module):
             yield
@@ -307,7 +308,7 @@ class TappedModel(OpacusHooks):
         """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""
         while True:
             works, escaped = True, set[Any]()
-            with self._undisturbed(module, inputs):
+            with self.undisturbed(module, inputs):
                 try:
                     output = self._trial(module, inputs, size)
                 except OUT_OF_MEMORY:
@@ -316,7 +317,7 @@ class TappedModel(OpacusHooks):
                     works = False
             if works:
                 outputs = [tensor for tensor in tensors_of(output) if not self._ops.is_shared(tensor)]
-                escaped = self._reached(outputs, tensors_of(inputs)).escaped
+                escaped = self._untapped(outputs, tensors_of(inputs))
             if not self._catch(escaped):
                 return self.layout.on_all_ranks(works)
 
@@ -357,11 +358,10 @@ class TappedModel(OpacusHooks):
             return 0
         return 1 if isinstance(self._sampler(layer), Registered) else 2
 
-    def _reached(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Reached:
-        """What something depends on, with parameters as the optimizer has them; see `taps.reached`."""
+    def _untapped(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Any]:
+        """The parameters that something depends on past their taps; see `taps.reached_by`."""
         wanted = map(self._unsharded.of, self.trainable_parameters)
-        result = reached(outputs, wanted, inputs)
-        return result._replace(escaped=set(map(self._unsharded.parameter, result.escaped)))
+        return set(map(self._unsharded.parameter, reached_by(outputs, wanted, inputs).past))
 
     def _begin_packed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
@@ -54,6 +53,11 @@ class Call:
     def with_activations(self, activations: list[Tensor]) -> Call:
         """The same call with other activations."""
         return Call(self._pending, activations)
+
+    @property
+    def shown_to(self) -> Any:
+        """Who has seen this call's backprops first; None before."""
+        return self._pending.shown_to
 
     def is_first_shown_to(self, receiver: Any) -> bool:
         """Whether no other receiver has seen this call's backprops before."""
@@ -188,9 +192,14 @@ class Tap(torch.autograd.Function):
         return tuple(output.detach() for output in tensors[:count])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:
         """Shows the backprops and passes them on."""
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "create_graph=True in a backward through a private model: a gradient inside of a loss, as a gradient penalty has "
+                "it, uses the weights a second time, where no per-sample norms are taken. Leave the penalty out (WGAN also "
+                "has weight clipping: clamp the weights after optimizer.step())"
+            )
         pending = ctx.pending
         pending.receive(Call(pending, [activation.detach() for activation in ctx.saved_tensors]), backprops)
         return (None, None, *backprops, *[None] * ctx.activation_count)
@@ -259,54 +268,81 @@ class Reached(NamedTuple):
     """What something depends on.
 
     Attributes:
-        escaped: parameters that it depends on by a way on which no tap stands.
-        calls: the tapped calls on the way, each a `Call.key`.
+        model: whether there are taps of the model.
+        past: parameters that were looked for, and that are used by a way on which no tap stands for them.
+        before_model: other leaves, on ways that no tap of the model stands on: between its outputs and the loss.
+        in_model: other leaves, on ways behind its taps.
+        other_models: whether there are taps of other models behind its own.
+        calls: the tapped calls of the model, each a `Call.key`.
         moving: the operations on the way that may move rows by indices; see `routes`.
     """
 
-    escaped: set[Tensor]
+    model: bool
+    past: set[Tensor]
+    before_model: set[Tensor]
+    in_model: set[Tensor]
+    other_models: bool
     calls: list[Any]
     moving: list[Any]
 
 
-def reached(outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Reached:
-    """Goes back from outputs to taps, and on from these.
+def reached_by(
+    outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = (), anchor: Tensor | None = None
+) -> Reached:
+    """What something depends on but for what taps stand for.
 
-    The gradients of a parameter that is found past its taps would escape the norms: a weight used by another module than its own
-    (``F.linear(x, embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not
-    the child.
+    Gradients of parameters past their taps would escape the norms: a weight used by another module than its own (``F.linear(x,
+    embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not the child.
 
     Args:
         outputs: a loss, or what a module returned; with their autograd graph.
         params: the parameters to look for.
         inputs: where the search ends.
+        anchor: of the model whose taps are its own; without it all are.
 
     Raises:
         NotImplementedError: if a part of the graph is hidden by reentrant checkpointing.
     """
     wanted = set(params)
-    result = Reached(set(), [], [])
-    todo = _nodes(outputs)
-    for node in _visit(todo, set(_nodes(inputs)), result.moving):
-        if type(node) is _TAP_NODE:
-            result.calls.append(node.pending)
-            edges = [_behind(*edge) for edge in node.next_functions]
-            end = 1 + len(node.pending.outputs)
-            todo += edges[end:]
-            # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
-            for inner in _visit(edges[1:end], set(edges[end:])):
-                if type(inner) is _TAP_NODE:
-                    todo.append(inner)
-                elif _leaf(inner) in wanted and not node.pending.stands_for(inner.variable):
-                    result.escaped.add(inner.variable)
-        elif type(node) is _REENTRANT_NODE:
-            raise NotImplementedError(
-                "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on them; pass "
-                "use_reentrant=False"
-            )
-        elif _leaf(node) in wanted:
-            result.escaped.add(node.variable)
-    return result
+    past: set[Tensor] = set()
+    others: tuple[set[Tensor], set[Tensor]] = (set(), set())
+    model, other_models, behind = False, False, 0
+    seen = set(_nodes(inputs))
+    todo, later = _nodes(outputs), list[Any]()
+    calls, moving = list[Any](), list[Any]()
+    while todo:
+        for node in _visit(todo, seen, moving):
+            if type(node) is _TAP_NODE:
+                own = anchor is None or _leaf(node.next_functions[0][0]) is anchor
+                if own:
+                    calls.append(node.pending)
+                model, other_models = model or own, other_models or (bool(behind) and not own)
+                edges = [_behind(*edge) for edge in node.next_functions]
+                end = 1 + len(node.pending.outputs)
+                (later if own and not behind else todo).extend(edges[end:])
+                # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
+                for inner in _visit(edges[1:end], set(edges[end:])):
+                    if type(inner) is _TAP_NODE:
+                        todo.append(inner)
+                    elif _leaf(inner) is not None and not node.pending.stands_for(inner.variable):
+                        (past if inner.variable in wanted else others[1]).add(inner.variable)
+            elif type(node) is _REENTRANT_NODE:
+                raise NotImplementedError(
+                    "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on them; "
+                    "pass use_reentrant=False"
+                )
+            elif _leaf(node) is not None:
+                (past if node.variable in wanted else others[behind]).add(node.variable)
+        todo, later, behind = later, [], 1
+    return Reached(model, past, *others, other_models, calls, moving)
+
+
+def brought_by(inputs: Iterable[Tensor]) -> dict[Tensor, bool]:
+    """The leaves with a gradient that inputs of a model depend on, and whether they are inputs themselves."""
+    with_gradient = [tensor for tensor in inputs if tensor.requires_grad]
+    return (
+        {leaf: any(leaf is one for one in with_gradient) for leaf in leaves_of(with_gradient)} if with_gradient else {}
+    )
 
 
 def _visit(todo: list[Any], seen: set[Any], moving: list[Any] | None = None) -> Iterator[Any]:
@@ -351,6 +387,12 @@ def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
     behind = _visit(_nodes(outputs), set())
     leaves = [output for output in outputs if output.is_leaf] + [_leaf(node) for node in behind]
     return [leaf for leaf in leaves if leaf is not None]
+
+
+def depends_past(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> bool:
+    """Whether outputs depend on something with a gradient by another way than by their inputs."""
+    ends = _visit(_nodes(outputs), set(_nodes(inputs)))
+    return any(type(node) in (_TAP_NODE, _REENTRANT_NODE) or _leaf(node) is not None for node in ends)
 
 
 def _leaf(node: Any) -> Tensor | None:

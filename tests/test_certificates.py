@@ -98,9 +98,9 @@ MIXING: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "with-random-numbers": lambda net, h: 0.7 * h + 0.3 * h[torch.randperm(len(h))],
     "with-numbers-of-python": lambda net, h: h.roll(random.randrange(1, len(h)), 0).detach() + h,
     "one-neighbour": lambda net, h: h + h.roll(1, 0).detach(),
-    "a-way-for-the-whole-batch": lambda net, h: net.first(net.first.weight[:, 0].expand(len(h), 5)[:, :D]) + h
-    if h.mean() > 0
-    else h,
+    "a-way-for-the-whole-batch": lambda net, h: (
+        net.first(net.first.weight[:, 0].expand(len(h), 5)[:, :D]) + h if h.mean() > 0 else h
+    ),
     "state-of-the-batch-before": momentum,
     "queue-of-batches": queue,
 }
@@ -273,7 +273,9 @@ def test_unpadded_rows_are_refused_whenever_they_differ(mode: str) -> None:
     for _ in range(5):
         private(module(x, even)).backward()
         private.optimizer.zero_grad()
-    with pytest.raises(NotImplementedError, match=r"layer 'a' \(Linear\): its rows are not samples.*row 2 belongs to sample 1.*mask"):
+    with pytest.raises(
+        NotImplementedError, match=r"layer 'a' \(Linear\): its rows are not samples.*row 2 belongs to sample 1.*mask"
+    ):
         private(module(x, uneven)).backward()
 
 
@@ -436,7 +438,14 @@ def test_certificates_thin_out() -> None:
 
 def test_what_is_new_is_certified_at_once() -> None:
     schedule = Schedule()
-    for size, structure, due in ((8, "a", True), (8, "a", True), (8, "a", False), (8, "b", True), (8, "b", False), (9, "b", True)):
+    for size, structure, due in (
+        (8, "a", True),
+        (8, "a", True),
+        (8, "a", False),
+        (8, "b", True),
+        (8, "b", False),
+        (9, "b", True),
+    ):
         assert schedule.is_due(size, structure) is due
         if due:
             schedule.made(size, structure)
@@ -452,7 +461,11 @@ def test_batches_of_one_certify_nothing_for_larger_ones() -> None:
 @pytest.mark.parametrize("how, times", [("always", 9), ("thinning", 4), ("never", 0)])
 def test_how_often(how: str, times: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    monkeypatch.setattr(Schedule, "made", lambda self, size, structure, made=Schedule.made: (times_made(size), made(self, size, structure)))
+    monkeypatch.setattr(
+        Schedule,
+        "made",
+        lambda self, size, structure, made=Schedule.made: (times_made(size), made(self, size, structure)),
+    )
 
     def times_made(size: int) -> None:
         made.append(size)
@@ -510,7 +523,7 @@ def test_what_a_replacement_replaces() -> None:
         "positions": torch.arange(6),
         "names": ["a", "b", "c", "d"],
     }
-    replacement = Replacement(4, [1, 3], [0, 2], 0, factor=1024.0)
+    replacement = Replacement(4, [1, 3], [0, 2], 0, factor=1024.0, every=False)
     other = replacement(batch)
     kept = [0, 2]
     assert torch.equal(other["features"][kept], batch["features"][kept])
@@ -544,7 +557,9 @@ def test_the_number_of_samples_that_inputs_show() -> None:
     assert batch_size(([3, "text"],), 0) is None
     around: list[Any] = [torch.zeros(2, 1)]
     around.append(around)
-    assert mapped(around, lambda path, value: value + 1 if isinstance(value, Tensor) else NotImplemented) is NotImplemented
+    assert (
+        mapped(around, lambda path, value: value + 1 if isinstance(value, Tensor) else NotImplemented) is NotImplemented
+    )
     assert batch_size(around, 0) == 2
 
 
@@ -552,7 +567,9 @@ def test_criteria_of_make_private_are_certified() -> None:
     """The whole way, as users go it."""
     torch.manual_seed(0)
     net = Net(MIXING["weakly"])
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(N, D), torch.randn(N, 2)), batch_size=N)
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(N, D), torch.randn(N, 2)), batch_size=N
+    )
     module, _, criterion, loader = PrivacyEngine().make_private(
         module=net,
         optimizer=torch.optim.SGD(net.parameters(), lr=0.1),
