@@ -15,6 +15,7 @@ from opacus_fgc.axes import local
 from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.errors import located
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
@@ -162,7 +163,7 @@ class GradSampleHooksFastGradientClipping(TappedModel):
                 self._mark(layer, uses)
                 measured = self.record.receive(self._forms(seen, layer), uses)
         except (ValueError, RuntimeError) as error:
-            raise type(error)(f"{layer.name}: {error}") from error
+            raise located(error, layer.name)  # noqa: B904
         for param, one in measured.items():
             param._norm_sample = one.norm
         if self.record.looking and not all(_is_finite(use.call.activations) for use in uses):
@@ -382,8 +383,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         if self.clipped_sum.passes and not self.grad_accumulation_allowed:
             raise ValueError(
                 "a second backward() before optimizer.step(): under Poisson sampling every batch is one step. Call "
-                "optimizer.step() and optimizer.zero_grad() for each batch; to split large batches use opacus.utils."
-                "batch_memory_manager.BatchMemoryManager"
+                "optimizer.step() and optimizer.zero_grad() for each batch; add losses of the same samples up, (loss + other)."
+                "backward(); to split large batches use opacus.utils.batch_memory_manager.BatchMemoryManager"
             )
         self.clipped_sum.check_norm(self.max_grad_norm)
 
@@ -464,6 +465,9 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         if collected:
             self.check_accumulation()
             self.add_to_clipped_sum((param, collected.get(param)) for param in self.trainable_parameters)
+            # What the two passes left; else the step would take it for a gradient that it is to leave out.
+            for param in self.trainable_parameters:
+                param.grad = None
 
     def cleanup(self) -> None:
         """Takes everything off the model and its parameters that was put there."""
