@@ -122,9 +122,9 @@ class DPTensorFastGradientClipping(OpacusTensor):
                 )
             if other.loss_per_sample.shape != self.loss_per_sample.shape:
                 raise ValueError(
-                    f"losses of different batches, of {len(self.loss_per_sample)} and {len(other.loss_per_sample)} samples, so that "
-                    "they are not one loss a sample. Beside a batch of the private loader take as many generated samples as it has "
-                    "(torch.randn(len(x), ...)), or as many public ones"
+                    f"losses of different batches, of {len(self.loss_per_sample)} and {len(other.loss_per_sample)} samples, "
+                    "so that they are not one loss a sample. Beside a batch of the private loader take as many generated "
+                    "samples as it has (torch.randn(len(x), ...)), or as many public ones"
                 )
             return other.loss_per_sample
         if isinstance(other, Tensor) and other.requires_grad:

@@ -94,6 +94,9 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         self.clipping.gradient_noise_multiplier(noise_multiplier)  # refuses what it cannot serve
         self.module: GradSampleHooksFastGradientClipping | None = None
         self.batches = Batches()  # make_private has others
+        self._most_signals: int | None = (
+            None  # how many parts of batches were drawn, and not stepped on, at the first of them
+        )
         self.generator: torch.Generator | SecureGenerator | None
         super().__init__(
             optimizer,
@@ -219,7 +222,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             }
         )
         if refused is not None:
-            self.drop_unfinished()
+            self._drop_clipped_sum()
             raise refused
         for param, gradient in self.module.layout.released(self.params, partial(self.with_noise, std=std)):
             param.grad = gradient
@@ -262,6 +265,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         Returns:
             Whether the wrapped optimizer is to step.
         """
+        self._check_signals()
         stepping = super().pre_step(closure)
         assert self.module is not None  # checked by `accumulate`
         if stepping:
@@ -286,15 +290,31 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         super().step(lambda: losses.append(closure()))  # type: ignore[arg-type,func-returns-value]
         return losses[0]
 
+    def _check_signals(self) -> None:
+        """Raises a PrivacyValueError if a part of a split batch had no step: its signal would be taken for the next one's."""
+        waiting = len(self._step_skip_queue)
+        if not waiting or self._most_signals is None:
+            # Workers, and some loops, draw so far ahead.
+            self._most_signals = waiting or None
+        elif waiting > self._most_signals:
+            del self._step_skip_queue[: waiting - self._most_signals + 1]  # this part's as well
+            self._drop_clipped_sum()
+            raise PrivacyValueError(
+                "a part of a batch that was split was drawn, and skipped, so that its other parts are not the batch that was "
+                "drawn. Under BatchMemoryManager call backward() and step() on every part, also on one without samples"
+            )
+
     def drop_unfinished(self) -> None:
         """Gives up what skipped steps have summed so far, as where a loop breaks off within a batch."""
         self._step_skip_queue.clear()
+        self._most_signals = None
         if self._is_last_step_skipped:
-            self._is_last_step_skipped = False
             self._drop_clipped_sum()
 
     def _drop_clipped_sum(self) -> None:
-        assert self.module is not None
+        self._is_last_step_skipped = False
+        if self.module is None:
+            return
         # Of all that were clipped: a parameter may come to the optimizer later, and must not bring the sums of past steps.
         for param in self.module.trainable_parameters:
             param.summed_grad = None
@@ -307,11 +327,10 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             set_to_none: whether ``p.grad`` becomes None rather than 0.
         """
         super().zero_grad(set_to_none)
-        if self.module is not None:
-            if self._is_last_step_skipped:
-                self.module.clipped_sum.passes = 0
-                return
+        if not self._is_last_step_skipped:
             self._drop_clipped_sum()
+        elif self.module is not None:
+            self.module.clipped_sum.passes = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, with that of the clipping rule as ``clipping`` where it has any."""

@@ -114,10 +114,10 @@ class PrivacyEngine(OpacusPrivacyEngine):
         nonfinite = kwargs.pop("nonfinite", "error")
         check_nonfinite(nonfinite)
         kwargs = _with_clipping_rule(**kwargs)
-        _check_arguments(**kwargs)
         poisson = kwargs.get("poisson_sampling", True)
         if self.secure_mode and not poisson:
             secured(kwargs["data_loader"], self.secure_rng)  # for its error, before anything is wrapped
+        _check_arguments(**kwargs)
         module, optimizer, criterion, data_loader = super().make_private(**kwargs)
         criterion.clipped_backward = MODES[mode]
         criterion.module.nonfinite = nonfinite

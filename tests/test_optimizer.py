@@ -261,6 +261,11 @@ def test_step_needs_a_clipped_gradient(private: Any) -> None:
     nn.functional.cross_entropy(model(x), y).backward()
     with pytest.raises(ValueError, match=r"step\(\) without a clipped gradient"):
         optimizer.step()
+    # Nor are they dropped without a word.
+    criterion(model(x), y).backward()
+    with pytest.raises(ValueError, match=r"not clipped is the gradient in p\.grad of 0\.weight"):
+        optimizer.step()
+    optimizer.zero_grad()
     criterion(model(x), y).backward()
     optimizer.step()
     with pytest.raises(ValueError, match="haven't been cleared"):
