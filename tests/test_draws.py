@@ -180,9 +180,7 @@ def test_part_that_fails() -> None:
     """Its signal is not the next part's: the step is refused, and the batches after are right."""
     private = Private()
     with private.split(3) as loader:
-        errors = [
-            private.error(x * torch.nan if number == 2 else x, y) for number, (x, y) in enumerate(loader)
-        ]
+        errors = [private.error(x * torch.nan if number == 2 else x, y) for number, (x, y) in enumerate(loader)]
     assert "inf or NaN" in errors[2][0] and "was split was drawn, and skipped" in errors[3][0]
     assert 1 <= SIZE // BATCH - private.steps <= 2
 
