@@ -24,7 +24,7 @@ class Batches:
             passes: how many clipped backward passes it takes, for each of which the accountant counts a batch.
 
         Returns:
-            The number of the batch, 0 where batches have none.
+            How many batches were drawn so far, 0 where nobody counts.
 
         Raises:
             PrivacyValueError: if the account would not be that of the step.
@@ -74,9 +74,9 @@ class Draw(NamedTuple):
 class Draws(Batches):
     """The batches that were drawn, and that no step has used.
 
-    A step takes the first of them that has as many samples, of the newest epoch if there are several. What was drawn before that
-    one was skipped, and is no step's any more. So a step needs a draw of its own, however far a loader's workers draw ahead, and
-    wherever a loop breaks off.
+    A step takes the first of them that has as many samples; what was drawn before that one was skipped, and is no step's any
+    more. So steps are refused just when no choice of draws in their order has their numbers of samples, however far a loader's
+    workers draw ahead, and wherever a loop breaks off.
 
     Args:
         least: how many samples a batch has in which none was drawn: 1 where a loader puts a random one into it.
@@ -90,7 +90,7 @@ class Draws(Batches):
         self.interrupt: Callable[[], None] = lambda: None
         self._waiting: deque[Draw] = deque(maxlen=MOST)
         self._numbers, self._epochs = itertools.count(1), itertools.count(1)
-        self._last: Draw | None = None
+        self._under_way: int | None = None  # the epoch of the last step, if that used all draws up to it
 
     def begin(self) -> Callable[[int], None]:
         """Begins an epoch.
@@ -123,8 +123,7 @@ class Draws(Batches):
                 "each of its batches. For batches that come from elsewhere pass poisson_sampling=False, and a DataLoader of "
                 "their size"
             )
-        starts = sorted(range(len(waiting) - passes + 1), key=lambda start: -waiting[start].epoch)
-        runs = (waiting[start : start + passes] for start in starts)
+        runs = (waiting[start : start + passes] for start in range(len(waiting) - passes + 1))
         run = next((run for run in runs if sum(draw.samples for draw in run) == samples), None)
         if run is None:
             sizes = [draw.samples for draw in waiting[:5]]
@@ -135,18 +134,15 @@ class Draws(Batches):
                 "Generated or public samples beside those of the batch: as many as there are, with their losses added, "
                 "criterion(a, y) + criterion(b, z)"
             )
-        skipped = waiting[: waiting.index(run[0])]
-        epoch = run[0].epoch
-        under_way = self._last is not None and self._last.epoch == epoch
-        if under_way and any(draw.samples == 0 and draw.epoch == epoch for draw in skipped):
+        if any(draw.samples == 0 and draw.epoch == self._under_way for draw in waiting[: waiting.index(run[0])]):
             raise PrivacyValueError(
                 "a batch without samples was drawn, and skipped. It has a step as well, of noise alone, or else it would "
                 "show that nobody was in it. Call backward() and step() on each batch of the loader"
             )
-        self._last = run[-1]
-        while self._waiting and self._waiting.popleft() is not run[-1]:
+        while self._waiting.popleft() is not run[-1]:
             pass
-        return run[-1].number
+        self._under_way = None if self._waiting else run[-1].epoch
+        return waiting[-1].number
 
 
 def _has(sizes: Sequence[int]) -> str:

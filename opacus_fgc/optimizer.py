@@ -212,15 +212,21 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         except PrivacyValueError as error:
             batch, refused = -1, error
         std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
-        self.module.layout.check_agreement(
-            {
-                "backward passes of a step": self.accumulated_iterations,
-                "max_grad_norm": self.max_grad_norm,
-                "noise_multiplier": self.noise_multiplier,
-                "parameters to train": len(self.params),
-                "the number of the batch": batch,
-            }
-        )
+        try:
+            self.module.layout.check_agreement(
+                {
+                    "backward passes of a step": self.accumulated_iterations,
+                    "max_grad_norm": self.max_grad_norm,
+                    "noise_multiplier": self.noise_multiplier,
+                    "parameters to train": len(self.params),
+                    "the number of the batch": batch,
+                }
+            )
+        except ValueError as error:
+            if refused is None:
+                raise
+            refused = PrivacyValueError(f"{error}. On this rank: {refused}")
+        # Once the others know of it, or they would wait.
         if refused is not None:
             self._drop_clipped_sum()
             raise refused
@@ -287,7 +293,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         if closure is None:
             return super().step()
         losses: list[Any] = []
-        super().step(lambda: losses.append(closure()))  # type: ignore[arg-type,func-returns-value]
+        super().step(lambda: losses.append(closure()))
         return losses[0]
 
     def _check_signals(self) -> None:

@@ -171,7 +171,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         return super().make_private_with_epsilon(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
-            epochs=epochs,  # type: ignore[arg-type]
+            epochs=epochs,
             data_loader=data_loader,
             **kwargs,
         )

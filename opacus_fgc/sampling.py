@@ -225,7 +225,7 @@ class EmptyBatches(CollateFnWithEmpty):
     def __call__(self, batch: list[Any]) -> Any:
         """The batch that some samples make."""
         if len(batch):
-            return self.wrapped_collator_fn(batch)  # type: ignore[misc]
+            return self.wrapped_collator_fn(batch)
         if not self._empty:
             self._empty.append(self._make())
         return copy.deepcopy(self._empty[0])
@@ -236,7 +236,7 @@ class EmptyBatches(CollateFnWithEmpty):
             return self._without(one, two)
         except TypeError as error:
             try:
-                return self.wrapped_collator_fn([])  # type: ignore[misc]
+                return self.wrapped_collator_fn([])
             except Exception:
                 raise TypeError(
                     f"Poisson sampling has drawn a batch of no samples, and what the collate function gives has a {error} in "
@@ -248,7 +248,7 @@ class EmptyBatches(CollateFnWithEmpty):
         fetch = getattr(self.dataset, "__getitems__", None)
         (sample,) = fetch([0]) if fetch else [self.dataset[0]]
         # A collate function may change what it gets.
-        return self.wrapped_collator_fn([copy.deepcopy(sample) for _ in range(count)])  # type: ignore[misc]
+        return self.wrapped_collator_fn([copy.deepcopy(sample) for _ in range(count)])
 
     def _without(self, one: Any, two: Any) -> Any:
         """What becomes ``one`` with a sample and ``two`` with two, as it is with none; a TypeError names a type without."""
@@ -263,18 +263,18 @@ class EmptyBatches(CollateFnWithEmpty):
             return None if one is None else type(one)()
         if isinstance(one, Mapping):
             values = {key: self._without(value, two[key]) for key, value in one.items()}
-            result = copy.copy(one)
-            if not isinstance(result, MutableMapping):
+            if not isinstance(one, MutableMapping):
                 return values
-            result.update(values)
-            return result
+            mapping = copy.copy(one)
+            mapping.update(values)
+            return mapping
         if isinstance(one, (list, tuple)) and not isinstance(one, PackedSequence):
             if len(one) == len(two):
                 items = [self._without(*pair) for pair in zip(one, two, strict=True)]
             else:
                 items = [self._without(item, item) for item in one] if self.rand_on_empty else []
             return type(one)(*items) if hasattr(one, "_fields") else type(one)(items)
-        if dataclasses.is_dataclass(one):
+        if dataclasses.is_dataclass(one) and not isinstance(one, type):
             result = copy.copy(one)
             for field in dataclasses.fields(one):
                 value = self._without(getattr(one, field.name), getattr(two, field.name))
@@ -405,10 +405,10 @@ class Once(Sampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         seen: set[Any] = set()
         for drawn in self._given:
-            several = not isinstance(drawn, (int, str)) and isinstance(drawn, Iterable)
-            indices = list(drawn) if several and getattr(drawn, "ndim", 1) else [drawn]
+            one = isinstance(drawn, (int, str)) or not isinstance(drawn, Iterable) or getattr(drawn, "ndim", None) == 0
+            indices: list[Any] = [drawn] if one else list(drawn)
             indices = [index.item() if hasattr(index, "item") else index for index in indices]
-            if len(seen) + len(indices) > len(seen.union(indices)):
+            if len(set(indices)) < len(indices) or not seen.isdisjoint(indices):
                 raise PrivacyValueError(
                     f"the data loader's {type(self._given).__name__} gives a sample more than once an epoch, so that it "
                     "counts more often than it is accounted. Without Poisson sampling each sample has to come once: put "
