@@ -44,6 +44,7 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 from workloads import WORKLOADS, Transformer, Workload
 
 from opacus_fgc import PrivacyEngine
@@ -148,13 +149,18 @@ def make_step(workload: Workload, name: str, way: str, device: torch.device) -> 
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0)
     criterion: Any = nn.CrossEntropyLoss()
     if way != BASELINE:
+        ranks = dist.get_world_size() // axes.tensor
+        data = TensorDataset(*(part.repeat(ranks, *[1] * (part.dim() - 1)) for part in (inputs, target)))
+        sampler = DistributedSampler(data, ranks, dist.get_rank() // axes.tensor, drop_last=True)
         model, optimizer, criterion, _ = PrivacyEngine().make_private(
             module=model,
             optimizer=optimizer,
             criterion=criterion,
-            data_loader=DataLoader(TensorDataset(inputs, target), batch_size=workload.batch),
+            data_loader=DataLoader(data, batch_size=workload.batch, sampler=sampler),
             noise_multiplier=1.0,
             max_grad_norm=1.0,
+            # All steps are on one batch.
+            poisson_sampling=False,
             grad_sample_mode=way,
         )
 

@@ -2,6 +2,7 @@
 
 from opacus_fgc.check import CheckReport, check
 from opacus_fgc.criterion import CausalLMLoss
+from opacus_fgc.errors import PrivacyError
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
@@ -26,6 +27,7 @@ __all__ = [
     "GradSampleModuleFastGradientClipping",
     "GradScaler",
     "PrivacyEngine",
+    "PrivacyError",
     "check",
     "create_norm_sample",
     "register_norm_sampler",

@@ -11,6 +11,7 @@ from opacus.utils.module_utils import trainable_modules
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from opacus_fgc.errors import PrivacyNotImplementedError
 from opacus_fgc.per_sample import PerSampleGradient
 
 
@@ -37,10 +38,10 @@ def describe(name: str, module: nn.Module) -> str:
 
 
 def refuse_running_statistics(model: nn.Module) -> None:
-    """Raises a NotImplementedError if a trainable layer keeps running statistics of the data."""
+    """Raises a PrivacyNotImplementedError if a trainable layer keeps running statistics of the data."""
     for name, module in trainable_modules(model):
         if isinstance(module, _NormBase) and module.track_running_stats:
-            raise NotImplementedError(
+            raise PrivacyNotImplementedError(
                 f"{describe(name, module)} is trainable and keeps running statistics in its buffers, which carry one sample's "
                 "data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so), or freeze its parameters "
                 "and put it in eval mode"

@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from opacus.data_loader import DPDataLoader
-from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
+from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from opacus_fgc.draws import Draws
+from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.layout import Layout
+from opacus_fgc.sampling import Drawing, PoissonSampler, counted, poisson_arguments
 from opacus_fgc.secure_random import CommonSecureGenerator, SecureGenerator
-from opacus_fgc.secure_sampling import SecurePoissonSampler, poisson_sampling, with_batches
+from opacus_fgc.secure_sampling import SecurePoissonSampler
 
 
 class Part(list[int]):
@@ -37,7 +39,7 @@ class Part(list[int]):
         return self._longest
 
 
-class PartSampler(DistributedUniformWithReplacementSampler):
+class PartSampler(Drawing, DistributedUniformWithReplacementSampler):
     """Poisson sampling over the samples of all ranks, of which each rank has its own.
 
     Sample ``i`` is rank ``i % ranks``'s and never another's, so that no sample can be in a batch twice. All ranks draw the
@@ -49,47 +51,22 @@ class PartSampler(DistributedUniformWithReplacementSampler):
         whole: draws the whole batch; its generator has to give the same on all ranks.
         rank: this rank, of those that have different samples.
         ranks: how many of them there are.
-
-    Attributes:
-        drawn: how many batches were drawn.
     """
 
-    def __init__(self, whole: UniformWithReplacementSampler, rank: int, ranks: int) -> None:
+    def __init__(self, whole: PoissonSampler, rank: int, ranks: int) -> None:
         super().__init__(
             total_size=whole.num_samples, sample_rate=whole.sample_rate, steps=whole.steps, generator=whole.generator
         )
-        self.whole = whole
-        self.drawn = 0
+        self.whole, self.draws = whole, Draws()
         self.rank, self.num_replicas = rank, ranks
         self.num_samples = len(range(rank, whole.num_samples, ranks))
 
-    def __iter__(self) -> Iterator[Part]:
-        for batch in self.whole:
-            self.drawn += 1
+    def batches(self) -> Iterator[list[int]]:
+        """See `sampling.Drawing`."""
+        for batch in self.whole.batches():
             sizes = Counter(index % self.num_replicas for index in batch)
             own = [index for index in batch if index % self.num_replicas == self.rank]
             yield Part(own, max(sizes.values(), default=0))
-
-
-class _Lists:
-    """Parts as plain lists, whose lengths are those of what is in them."""
-
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return ([*iter(part)] for part in self._sampler)
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
-class PartLoader(DPDataLoader):
-    """A loader with a `PartSampler`, whose data set gets plain lists: some fetch a whole batch, and ask for its length."""
-
-    @property
-    def _index_sampler(self) -> Any:
-        return _Lists(self.batch_sampler)
 
 
 def common_generator(layout: Layout, generator: Any) -> Any:
@@ -114,15 +91,13 @@ def shared(loader: DataLoader, layout: Layout, generator: Any) -> DataLoader:
         generator: gives the same numbers on all ranks; see `common_generator`.
     """
     drawn = loader.batch_sampler
-    sampler = SecurePoissonSampler if isinstance(drawn, SecurePoissonSampler) else UniformWithReplacementSampler
-    whole = sampler(**poisson_sampling(drawn), generator=generator)
-    result: Any = object.__new__(PartLoader)
-    vars(result).update(vars(with_batches(loader, PartSampler(whole, layout.data_rank, layout.data_ranks))))
-    return result
+    sampler = SecurePoissonSampler if isinstance(drawn, SecurePoissonSampler) else PoissonSampler
+    whole = sampler(**poisson_arguments(drawn), generator=generator)
+    return counted(loader, PartSampler(whole, layout.data_rank, layout.data_ranks), generator=None)
 
 
 def check_parts(loader: DataLoader, layout: Layout) -> None:
-    """Raises a ValueError unless each sample is on one rank only, in a loader without Poisson sampling.
+    """Raises a PrivacyValueError unless each sample is on one rank only, in a loader without Poisson sampling.
 
     Args:
         loader: the loader.
@@ -136,7 +111,7 @@ def check_parts(loader: DataLoader, layout: Layout) -> None:
         or (sampler.num_replicas, sampler.rank) != (layout.data_ranks, layout.data_rank)
         or (len(loader) == 1 and not sampler.drop_last and sampler.total_size > len(loader.dataset))  # type: ignore[arg-type]
     ):
-        raise ValueError(
+        raise PrivacyValueError(
             "with several ranks and without Poisson sampling a sample could be in a batch several times, on several ranks, and "
             "count several times. Make the DataLoader with sampler=torch.utils.data.DistributedSampler(dataset, num_replicas="
             f"{layout.data_ranks}, rank={layout.data_rank}, drop_last=True), or leave poisson_sampling=True"

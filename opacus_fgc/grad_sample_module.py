@@ -19,6 +19,7 @@ from opacus_fgc.certified_model import CertifiedModel
 from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.errors import located
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
@@ -178,7 +179,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 self._mark(layer, uses)
                 measured = self.record.receive(self._forms(seen, layer), uses)
         except (ValueError, RuntimeError) as error:
-            raise type(error)(f"{layer.name}: {error}") from error
+            raise located(error, layer.name)  # noqa: B904
         for param, one in measured.items():
             param._norm_sample = one.norm
         if self.record.looking and not all(_is_finite(use.call.activations) for use in uses):
@@ -215,14 +216,13 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         return Dense(form.materialize()) if materialize else form
 
     @contextmanager
-    def hooks_off(self) -> Iterator[None]:
-        """A context in which taps do nothing."""
-        enabled = self.hooks_enabled
-        self.hooks_enabled = False
+    def hooks_set(self, enabled: bool) -> Iterator[None]:
+        """A context in which taps do something, or nothing."""
+        before, self.hooks_enabled = self.hooks_enabled, enabled
         try:
             yield
         finally:
-            self.hooks_enabled = enabled
+            self.hooks_enabled = before
 
     def get_norm_sample(self) -> Tensor:
         """The norm of each sample's gradient over all trainable parameters, after the first backward.
@@ -284,7 +284,8 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         if self.certify(losses, reached, record, 1.0):
             self.record = record.again()
             self.record.samples_in_loss = len(losses)
-            again = self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
+            with self.hooks_set(True):
+                again = self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
             self.record, self.per_sample_gradient_norms = record, norms
             if not torch.allclose(again, norms.to(again), rtol=1e-2):
                 raise ValueError(
@@ -483,8 +484,8 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         if self.clipped_sum.passes and not self.grad_accumulation_allowed:
             raise ValueError(
                 "a second backward() before optimizer.step(): under Poisson sampling every batch is one step. Call "
-                "optimizer.step() and optimizer.zero_grad() for each batch; to split large batches use opacus.utils."
-                "batch_memory_manager.BatchMemoryManager"
+                "optimizer.step() and optimizer.zero_grad() for each batch; add losses of the same samples up, (loss + other)."
+                "backward(); to split large batches use opacus.utils.batch_memory_manager.BatchMemoryManager"
             )
         self.clipped_sum.check_norm(self.max_grad_norm)
 
@@ -529,7 +530,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         self._plan.lap()
         yield from self.layout.as_parameters(self._kept_sums(later, coef))
         if rest:
-            with self.hooks_off(), _pass_of(self):
+            with self.hooks_set(False), _pass_of(self):
                 weighted = self.record.loss_scale * (coef.to(loss_per_sample) * loss_per_sample).sum()
                 gradients = self.layout.second_pass(weighted, rest, self._unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
@@ -572,6 +573,9 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 )
             self.check_accumulation()
             self.add_to_clipped_sum((param, collected.get(param)) for param in self.trainable_parameters)
+            # What the two passes left; else the step would take it for a gradient that it is to leave out.
+            for param in self.trainable_parameters:
+                param.grad = None
 
     def cleanup(self) -> None:
         """Takes everything off the model and its parameters that was put there."""

@@ -60,17 +60,21 @@ class Layout:
             raise NotImplementedError(
                 "tensor parallel over several meshes, or over one with several axes; use one mesh with one axis for it"
             )
-        self._have_gloo_average()
+        if any(not hasattr(module, "set_force_sum_reduction_for_comms") for module in self._over_gloo()):
+            raise NotImplementedError("the FSDP2 of this torch does not average over gloo; take torch 2.8 or newer")
 
-    def _have_gloo_average(self) -> None:
+    def prepare(self) -> Layout:
         """Has FSDP divide sums itself over gloo, whose averages of torch 2.8 are sums, so that gradients would be too large."""
-        for module in self._fsdp:
-            if any(group.mesh_info.mesh.device_type == "cpu" for group in _param_groups(module)):
-                if not hasattr(module, "set_force_sum_reduction_for_comms"):
-                    raise NotImplementedError(
-                        "the FSDP2 of this torch does not average over gloo; take torch 2.8 or newer"
-                    )
-                module.set_force_sum_reduction_for_comms(True)
+        for module in self._over_gloo():
+            module.set_force_sum_reduction_for_comms(True)
+        return self
+
+    def _over_gloo(self) -> list[Any]:
+        return [
+            module
+            for module in self._fsdp
+            if any(group.mesh_info.mesh.device_type == "cpu" for group in _param_groups(module))
+        ]
 
     def _reshard(self) -> None:
         """Gives up what FSDP leaves whole of the outermost module after a forward without a backward, as of an evaluation."""

@@ -316,8 +316,9 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
                 )
             if other.loss_per_sample.shape != self.loss_per_sample.shape:
                 raise ValueError(
-                    f"losses of different batches, of {len(self.loss_per_sample)} and {len(other.loss_per_sample)} samples; call "
-                    "backward() on each"
+                    f"losses of different batches, of {len(self.loss_per_sample)} and {len(other.loss_per_sample)} samples, "
+                    "so that they are not one loss a sample. Beside a batch of the private loader take as many generated "
+                    "samples as it has (torch.randn(len(x), ...)), or as many public ones"
                 )
             return other.loss_per_sample
         if isinstance(other, Tensor) and other.requires_grad:
@@ -434,7 +435,7 @@ class DPLossFastGradientClipping(OpacusLoss):
     @contextmanager
     def _aside(self, inputs: Any) -> Iterator[None]:
         """A context for trying the criterion: the model, if it calls that, is not tapped, and comes out as it was."""
-        with self.module.hooks_off(), self.module.undisturbed(self.module._module, inputs):
+        with self.module.hooks_set(False), self.module.undisturbed(self.module._module, inputs):
             yield
 
     def __call__(self, *args: Any, shape: Sequence[int] | None = None, **kwargs: Any) -> DPTensorFastGradientClipping:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _generate_noise, _mark_as_processed
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
+from opacus_fgc.axes import local
 from opacus_fgc.checks import check_loss_reduction, is_finite_number
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.draws import Batches
+from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.secure_random import SecureGenerator
 
@@ -25,6 +29,17 @@ def check_noise_multiplier(value: object) -> None:
         raise ValueError(
             f"noise_multiplier is {value!r}; it is one finite number from 0 (no noise, no privacy) on: the standard deviation "
             "of the noise as a multiple of max_grad_norm"
+        )
+
+
+def check_step(optimizer: Optimizer) -> None:
+    """Raises a PrivacyNotImplementedError if an optimizer evaluates the loss several times a step, as LBFGS does."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if isinstance(optimizer, LBFGS) or (closure is not None and closure.default is closure.empty):
+        raise PrivacyNotImplementedError(
+            f"{type(optimizer).__name__} evaluates the loss several times in one step, and goes by its values and gradients "
+            "as they are; each of them would have to be made private, and accounted. Use an optimizer of one gradient a "
+            "step, such as SGD or Adam"
         )
 
 
@@ -67,6 +82,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
     ) -> None:
         check_noise_multiplier(noise_multiplier)
         check_loss_reduction(loss_reduction)
+        check_step(optimizer)
         if secure_mode and generator is None:
             generator = SecureGenerator()
         if secure_mode != isinstance(generator, SecureGenerator):
@@ -77,7 +93,10 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         self.clipping = FlatClipping(max_grad_norm) if clipping is None else clipping
         self.clipping.gradient_noise_multiplier(noise_multiplier)  # refuses what it cannot serve
         self.module: GradSampleHooksFastGradientClipping | None = None
-        self.sampler: Any = None  # what draws the batches of several ranks
+        self.batches = Batches()  # make_private has others
+        self._most_signals: int | None = (
+            None  # how many parts of batches were drawn, and not stepped on, at the first of them
+        )
         self.generator: torch.Generator | SecureGenerator | None
         super().__init__(
             optimizer,
@@ -127,15 +146,16 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         """Checks that there is a clipped sum to step with.
 
         Raises:
-            ValueError: if there is none, or a part of it is missing.
+            ValueError: if there is none, or a part of it is missing; if there was no `zero_grad` since the last step; or if
+                there is a gradient besides it, which the step would drop.
         """
         if self.module is None:
-            raise ValueError(
-                "this optimizer is attached to no wrapped model, so it cannot know what its gradients were clipped to: get both "
-                "from make_private, give both to DPLossFastGradientClipping, or call optimizer.attach(module)"
+            raise PrivacyValueError(
+                "this optimizer is attached to no wrapped model, so it cannot know what its gradients were clipped to: get "
+                "both from make_private, give both to DPLossFastGradientClipping, or call optimizer.attach(module)"
             )
         if self.accumulated_iterations == 0:
-            raise ValueError(
+            raise PrivacyValueError(
                 "step() without a clipped gradient: call backward() on what the criterion from make_private returns. The "
                 "gradients of a plain loss.backward() are not clipped and are not used. (In a loop with two passes by hand, "
                 "call enable_hooks() after the second.)"
@@ -150,9 +170,21 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             if getattr(param, "summed_grad", None) is None
         ]
         if missing:
-            raise ValueError(
-                f"parameters of the optimizer without a clipped gradient: {', '.join(missing)}. They came to it after the model "
-                "was wrapped, or were cleared; wrap model and optimizer anew"
+            raise PrivacyValueError(
+                f"parameters of the optimizer without a clipped gradient: {', '.join(missing)}. They came to it after the "
+                "model was wrapped, or were cleared; wrap model and optimizer anew"
+            )
+        for param in self.params:
+            _check_processed_flag(param.summed_grad)
+        plain = [names[param] for param, found in zip(self.params, _not_zero(self.params), strict=True) if found]
+        if plain:
+            raise PrivacyValueError(
+                f"not clipped is the gradient in p.grad of {', '.join(plain[:5])}{' and others' if len(plain) > 5 else ''}: "
+                "it comes of a plain backward(), or was written there, and step() would drop it. Call optimizer.zero_grad() "
+                "before backward() if it is not wanted. A gradient that is public (of public or generated data, or of a "
+                "penalty on weights) is added after the noise: compute it by torch.autograd.grad, outside of the private "
+                "step, and add it in a hook, optimizer.original_optimizer.register_step_pre_hook(lambda optimizer, args, "
+                "kwargs: ...), to p.grad"
             )
 
     def with_noise(self, values: Tensor, std: float) -> Tensor:
@@ -170,22 +202,34 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         """Writes the clipped sum plus noise to the gradients.
 
         Raises:
-            ValueError: if there was no `zero_grad` since the last step, ``noise_multiplier`` is now too large for the clipping
-                rule, or ranks do not take the same step.
+            ValueError: if ``noise_multiplier`` is now too large for the clipping rule, the step is not on a batch of the private
+                loader, or ranks do not take the same step.
         """
         assert self.module is not None  # checked by `accumulate`
+        clipped, refused = self.module.clipped_sum, None
+        try:
+            batch = self.batches.take(sum(map(len, clipped.norms)), clipped.passes)
+        except PrivacyValueError as error:
+            batch, refused = -1, error
         std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
-        self.module.layout.check_agreement(
-            {
-                "backward passes of a step": self.accumulated_iterations,
-                "max_grad_norm": self.max_grad_norm,
-                "noise_multiplier": self.noise_multiplier,
-                "parameters to train": len(self.params),
-                "the number of the batch": getattr(self.sampler, "drawn", 0),
-            }
-        )
-        for param in self.params:
-            _check_processed_flag(param.summed_grad)
+        try:
+            self.module.layout.check_agreement(
+                {
+                    "backward passes of a step": self.accumulated_iterations,
+                    "max_grad_norm": self.max_grad_norm,
+                    "noise_multiplier": self.noise_multiplier,
+                    "parameters to train": len(self.params),
+                    "the number of the batch": batch,
+                }
+            )
+        except ValueError as error:
+            if refused is None:
+                raise
+            refused = PrivacyValueError(f"{error}. On this rank: {refused}")
+        # Once the others know of it, or they would wait.
+        if refused is not None:
+            self._drop_clipped_sum()
+            raise refused
         for param, gradient in self.module.layout.released(self.params, partial(self.with_noise, std=std)):
             param.grad = gradient
             _mark_as_processed(param.summed_grad)
@@ -227,6 +271,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         Returns:
             Whether the wrapped optimizer is to step.
         """
+        self._check_signals()
         stepping = super().pre_step(closure)
         assert self.module is not None  # checked by `accumulate`
         if stepping:
@@ -236,6 +281,51 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             self.module.clipped_sum.passes = 0
         return stepping
 
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step, or goes on summing where Opacus' `BatchMemoryManager` has split a batch.
+
+        Args:
+            closure: computes the loss, and calls ``backward()`` on it.
+
+        Returns:
+            What the closure returned; None without one.
+        """
+        if closure is None:
+            return super().step()
+        losses: list[Any] = []
+        super().step(lambda: losses.append(closure()))
+        return losses[0]
+
+    def _check_signals(self) -> None:
+        """Raises a PrivacyValueError if a part of a split batch had no step: its signal would be taken for the next one's."""
+        waiting = len(self._step_skip_queue)
+        if not waiting or self._most_signals is None:
+            # Workers, and some loops, draw so far ahead.
+            self._most_signals = waiting or None
+        elif waiting > self._most_signals:
+            del self._step_skip_queue[: waiting - self._most_signals + 1]  # this part's as well
+            self._drop_clipped_sum()
+            raise PrivacyValueError(
+                "a part of a batch that was split was drawn, and skipped, so that its other parts are not the batch that was "
+                "drawn. Under BatchMemoryManager call backward() and step() on every part, also on one without samples"
+            )
+
+    def drop_unfinished(self) -> None:
+        """Gives up what skipped steps have summed so far, as where a loop breaks off within a batch."""
+        self._step_skip_queue.clear()
+        self._most_signals = None
+        if self._is_last_step_skipped:
+            self._drop_clipped_sum()
+
+    def _drop_clipped_sum(self) -> None:
+        self._is_last_step_skipped = False
+        if self.module is None:
+            return
+        # Of all that were clipped: a parameter may come to the optimizer later, and must not bring the sums of past steps.
+        for param in self.module.trainable_parameters:
+            param.summed_grad = None
+        self.module.clipped_sum = ClippedSum()
+
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Clears gradients, and the clipped sum unless the last step was skipped to go on summing.
 
@@ -243,14 +333,10 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             set_to_none: whether ``p.grad`` becomes None rather than 0.
         """
         super().zero_grad(set_to_none)
-        if self.module is not None:
-            if self._is_last_step_skipped:
-                self.module.clipped_sum.passes = 0
-                return
-            # Of all that were clipped: a parameter may come to the optimizer later, and must not bring the sums of past steps.
-            for param in self.module.trainable_parameters:
-                param.summed_grad = None
-            self.module.clipped_sum = ClippedSum()
+        if not self._is_last_step_skipped:
+            self._drop_clipped_sum()
+        elif self.module is not None:
+            self.module.clipped_sum.passes = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, with that of the clipping rule as ``clipping`` where it has any."""
@@ -271,3 +357,14 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         super().load_state_dict(inner)
         if clipping:
             self.clipping.load_state_dict(clipping)
+
+
+def _not_zero(params: Iterable[Any]) -> list[bool]:
+    """For each parameter whether it has a gradient that is not zero."""
+    flags = [torch.tensor(False) if param.grad is None else _any(local(param.grad)) for param in params]
+    device = next((flag.device for flag in flags if flag.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([flag.to(device) for flag in flags]).tolist()
+
+
+def _any(gradient: Tensor) -> Tensor:
+    return (gradient if gradient.layout == torch.strided else gradient.coalesce().values()).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import secrets
 import warnings
@@ -14,15 +15,16 @@ import torch
 import torch.distributed as dist
 from opacus import PrivacyEngine as OpacusPrivacyEngine
 from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
+from opacus.grad_sample.utils import get_gsm_class
 from opacus.optimizers import DPOptimizer
 from opacus.utils.module_utils import trainable_modules
 from opacus.validators import ModuleValidator
 from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from opacus_fgc.certificates import Schedule
-from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe
+from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe, is_finite_number
 from opacus_fgc.clipping import RULES, FlatClipping
 from opacus_fgc.criterion import check_criterion
 from opacus_fgc.distributed_sampling import check_parts, common_generator, shared
@@ -32,7 +34,8 @@ from opacus_fgc.grad_sample_module import (
 )
 from opacus_fgc.layout import Layout
 from opacus_fgc.loss import DPLossFastGradientClipping, book_keeping, double_backward
-from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier
+from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier, check_step
+from opacus_fgc.sampling import batches_of, check_length, check_loader, checked, with_own_draws
 from opacus_fgc.secure_random import SecureGenerator
 from opacus_fgc.secure_sampling import secured
 from opacus_fgc.whole_state import WholeState
@@ -101,8 +104,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
             ValueError: if an argument has no meaning.
             NotImplementedError: if the model, or what is asked for, is not supported.
         """
-        mode = kwargs.get("grad_sample_mode")
-        mode = NAMES.get(mode, mode)  # type: ignore[arg-type]
+        mode = _known(kwargs.get("grad_sample_mode", "hooks"))
         if mode not in MODES:
             if self.secure_mode:
                 raise NotImplementedError(
@@ -116,9 +118,10 @@ class PrivacyEngine(OpacusPrivacyEngine):
         check_nonfinite(nonfinite)
         schedule = Schedule(kwargs.pop("certify", "thinning"))
         kwargs = _with_clipping_rule(**kwargs)
-        _check_arguments(**kwargs)
-        if self.secure_mode and not kwargs.get("poisson_sampling", True):
+        poisson = kwargs.get("poisson_sampling", True)
+        if self.secure_mode and not poisson:
             secured(kwargs["data_loader"], self.secure_rng)  # for its error, before anything is wrapped
+        _check_arguments(**kwargs)
         module, optimizer, criterion, data_loader = super().make_private(**kwargs)
         criterion.clipped_backward = MODES[mode]
         criterion.module.nonfinite = nonfinite
@@ -126,7 +129,6 @@ class PrivacyEngine(OpacusPrivacyEngine):
         layout = criterion.module.layout
         if layout.axes:
             layout.check_copies()
-            poisson = kwargs.get("poisson_sampling", True)
             data_loader = self._distributed(layout, optimizer, data_loader, poisson)
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
@@ -135,7 +137,65 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 "fully_shard on it, before make_private",
                 stacklevel=2,
             )
+        if not (layout.axes and poisson):
+            data_loader = with_own_draws(data_loader)
+        if not (poisson or self.secure_mode):
+            data_loader = checked(data_loader)
+        optimizer.batches = batches_of(data_loader, optimizer.drop_unfinished)
         return module, optimizer, criterion, data_loader
+
+    def make_private_with_epsilon(
+        self, *, target_epsilon: float, target_delta: float, epochs: float, data_loader: DataLoader, **kwargs: Any
+    ) -> Any:
+        """`make_private` with the noise for a budget; see `opacus.PrivacyEngine.make_private_with_epsilon`.
+
+        Args:
+            target_epsilon: what epsilon is to be at the end, a finite number above 0.
+            target_delta: the delta of it, between 0 and 1.
+            epochs: how many epochs there will be, with one step at least.
+            data_loader: as for `make_private`.
+            **kwargs: the other arguments of Opacus' method.
+
+        Raises:
+            ValueError: if a target has no meaning; and what `make_private` raises.
+        """
+        if not (is_finite_number(target_epsilon) and target_epsilon > 0):
+            raise ValueError(
+                f"target_epsilon is {target_epsilon!r}; it is one finite number above 0. (Training without privacy is "
+                "make_private with noise_multiplier=0)"
+            )
+        if not (is_finite_number(target_delta) and 0 < target_delta < 1):
+            raise ValueError(
+                f"target_delta is {target_delta!r}; it is one number between 0 and 1, well below 1 / (number of samples)"
+            )
+        check_length(data_loader)
+        if not (is_finite_number(epochs) and int(epochs / (1 / len(data_loader))) >= 1):
+            raise ValueError(
+                f"epochs is {epochs!r}; it is one number, of which {len(data_loader)} batches each make one step at least"
+            )
+        return super().make_private_with_epsilon(
+            target_epsilon=target_epsilon,
+            target_delta=target_delta,
+            epochs=epochs,
+            data_loader=data_loader,
+            **kwargs,
+        )
+
+    def get_epsilon(self, delta: float) -> float:
+        """The budget spent so far; see `opacus.PrivacyEngine.get_epsilon`.
+
+        Args:
+            delta: the delta of it.
+
+        Returns:
+            Epsilon: 0 before the first step, and inf if a step was without noise.
+        """
+        history = self.accountant.history
+        if not history:
+            return 0.0
+        if any(noise_multiplier == 0 for noise_multiplier, _, _ in history):
+            return math.inf
+        return super().get_epsilon(delta)
 
     def _distributed(
         self, layout: Layout, optimizer: DPOptimizerFastGradientClipping, data_loader: DataLoader, poisson: bool
@@ -154,9 +214,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         generator = common_generator(layout, self.secure_rng if self.secure_mode else data_loader.generator)
         if isinstance(generator, torch.Generator):
             self._batches.append(generator)
-        loader = shared(data_loader, layout, generator)
-        optimizer.sampler = loader.batch_sampler
-        return loader
+        return shared(data_loader, layout, generator)
 
     def save_checkpoint(self, *, path: Any, module: Any, optimizer: Any = None, **kwargs: Any) -> None:
         """Saves model, optimizer and budget; see `opacus.PrivacyEngine.save_checkpoint`.
@@ -315,6 +373,20 @@ def _layout(module: Any, optimizer: Any) -> Layout | None:
     return layout if layout is not None and layout.axes else None
 
 
+def _known(mode: Any) -> str:
+    """A ``grad_sample_mode`` by the name that this package has for it; a ValueError if nobody knows it."""
+    mode = NAMES.get(mode, mode)
+    if mode not in MODES:
+        try:
+            get_gsm_class(mode)
+        except ValueError as error:
+            own = ", ".join(map(repr, (*MODES, *NAMES)))
+            raise ValueError(
+                f"grad_sample_mode is {mode!r}; this package has {own}. The others are those of Opacus: {error}"
+            ) from error
+    return mode
+
+
 def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwargs: Any) -> dict[str, Any]:
     """The arguments of `make_private`, with the clipping rule itself in the place of its name and arguments."""
     if clipping not in RULES:
@@ -358,16 +430,9 @@ def _check_arguments(
     check_loss_reduction(loss_reduction)
     if criterion is not None:
         check_criterion(criterion, loss_reduction, list(module.parameters()))
+    check_step(optimizer)
+    check_loader(data_loader, poisson_sampling)
     _check_layers(module)
-    layout = Layout(module)
-    if not poisson_sampling:
-        check_parts(data_loader, layout)
-    if isinstance(data_loader.dataset, IterableDataset) and poisson_sampling:
-        raise ValueError(
-            "Poisson sampling needs a data set that can be indexed, not an IterableDataset; load it into a map-style data set"
-        )
-    if len(data_loader) == 0:
-        raise ValueError("the data loader has no batches, so there is no sampling rate to account for")
     params, optimized = set(module.parameters()), list(chain(*(group["params"] for group in optimizer.param_groups)))
     strangers = [param for param in optimized if param not in params]
     if not any(param.requires_grad for param in optimized):
@@ -381,3 +446,6 @@ def _check_arguments(
             f"Module parameters are different than optimizer Parameters: {len(strangers)} of the optimizer's are not the "
             f"model's (shapes {shapes}). Make the optimizer from the parameters of the model as it is now"
         )
+    layout = Layout(module)
+    if not poisson_sampling:
+        check_parts(data_loader, layout)

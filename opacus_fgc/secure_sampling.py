@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
-from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler, SequentialSampler
 
+from opacus_fgc.sampling import POISSON, PoissonSampler, poisson_arguments, with_batches
 from opacus_fgc.secure_random import SecureGenerator
 
 
-class SecurePoissonSampler(UniformWithReplacementSampler):
+class SecurePoissonSampler(PoissonSampler):
     """Poisson sampling, with the arguments of Opacus' sampler: each sample is in a batch with probability ``sample_rate``."""
 
     generator: SecureGenerator
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def batches(self) -> Iterator[list[int]]:
+        """See `sampling.Drawing`."""
         for _ in range(self.steps):
             yield (self.generator.uniform(self.num_samples) < self.sample_rate).nonzero().flatten().tolist()
 
@@ -26,19 +26,10 @@ class SecureRandomSampler(RandomSampler):
     """Shuffling, with the arguments of torch's sampler; without replacement, each sample once."""
 
     generator: SecureGenerator
+    once_an_epoch = True
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.generator.permutation(len(self.data_source)).tolist())
-
-
-def poisson_sampling(sampler: Any) -> dict[str, Any]:
-    """What a sampler of Opacus draws the batches of all ranks by, as arguments for one of one process."""
-    several = isinstance(sampler, DistributedUniformWithReplacementSampler)
-    return {
-        "num_samples": sampler.total_size if several else sampler.num_samples,
-        "sample_rate": sampler.sample_rate,
-        "steps": len(sampler),
-    }
 
 
 def secured(loader: DataLoader, generator: SecureGenerator) -> DataLoader:
@@ -54,30 +45,12 @@ def secured(loader: DataLoader, generator: SecureGenerator) -> DataLoader:
     Raises:
         NotImplementedError: if batches come to be in any other way.
     """
-    return with_batches(loader, _secured(loader.batch_sampler, generator))
-
-
-def with_batches(loader: DataLoader, batch_sampler: Any) -> DataLoader:
-    """A loader like another, with other batches.
-
-    Args:
-        loader: it is not changed.
-        batch_sampler: says which samples each batch has, in the main process.
-    """
-    result = copy.copy(loader)
-    # A data loader's own assignment refuses this after its making; an iterator with living workers would keep the old sampler.
-    vars(result).update(
-        batch_sampler=batch_sampler,
-        sampler=getattr(batch_sampler, "sampler", loader.sampler),
-        generator=None,
-        _iterator=None,
-    )
-    return result
+    return with_batches(loader, _secured(loader.batch_sampler, generator), generator=None)
 
 
 def _secured(batch_sampler: Any, generator: SecureGenerator) -> Sampler[list[int]]:
-    if type(batch_sampler) in (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler):
-        return SecurePoissonSampler(**poisson_sampling(batch_sampler), generator=generator)
+    if type(batch_sampler) in (*POISSON, PoissonSampler):
+        return SecurePoissonSampler(**poisson_arguments(batch_sampler), generator=generator)
     sampler = batch_sampler.sampler if type(batch_sampler) is BatchSampler else None
     if type(sampler) is RandomSampler and not sampler.replacement and len(sampler) == len(sampler.data_source):
         shuffled = SecureRandomSampler(sampler.data_source, generator=generator)

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from opacus_fgc.buffers import Buffers
 from opacus_fgc.certificates import OUT_OF_MEMORY, Schedule, Seen, look_at
 from opacus_fgc.checks import describe, refuse_overlap
+from opacus_fgc.compiled import KeptBuffers
 from opacus_fgc.entrances import Entrance
 from opacus_fgc.layout import Layout
 from opacus_fgc.model_state import ModelState, restored
@@ -99,7 +100,7 @@ class TappedModel(OpacusHooks):
         self._expansions: dict[Any, Expansion] = {}
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
-        self.layout = Layout(model)
+        self.layout = Layout(model).prepare()
         self._unsharded = Unsharded(
             model, lambda param, seen: self._ops.add(param, seen), lambda tensor: self._ops.is_shared(tensor)
         )
@@ -135,8 +136,7 @@ class TappedModel(OpacusHooks):
         compiled = self._is_compiled()
         plain: Callable[[Any], Any] = torch.compiler.disable if compiled else lambda hook: hook
         if compiled:
-            # What torch asks for where a graph is to go through backward twice.
-            torch._functorch.config.donated_buffer = False
+            handles.append(KeptBuffers())
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = handles
         self._layers: dict[nn.Module, Tapped] = {}
         paths = {layer: path for path, layer in self._module.named_modules()}

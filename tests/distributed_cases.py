@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import PrivacyEngine
+from opacus_fgc.draws import Batches
 from tests.case import Square
 
 C = 0.5
@@ -210,9 +211,19 @@ def wide_both(model: nn.Module) -> nn.Module:
 
 
 def private(
-    model: nn.Module, x: Tensor, y: Tensor, *, engine: PrivacyEngine | None = None, optimizer: Any = None, **kwargs: Any
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    engine: PrivacyEngine | None = None,
+    optimizer: Any = None,
+    any_batch: bool = False,
+    **kwargs: Any,
 ) -> Any:
-    """What `make_private` makes of a model and its data, the samples' numbers with them."""
+    """What `make_private` makes of a model and its data, the samples' numbers with them.
+
+    With ``any_batch`` steps are on batches that the loader did not draw.
+    """
     arguments = {
         "module": model,
         "optimizer": optimizer
@@ -223,7 +234,10 @@ def private(
         "max_grad_norm": C,
         "grad_sample_mode": "ghost_bk",
     }
-    return (engine or PrivacyEngine()).make_private(**{**arguments, **kwargs})
+    model, optimizer, criterion, loader = (engine or PrivacyEngine()).make_private(**{**arguments, **kwargs})
+    if any_batch:
+        optimizer.batches = Batches()
+    return model, optimizer, criterion, loader
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -34,7 +34,9 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
             pipe.send((function(*args, **kwargs), None))
         except Exception as error:
             # The process ends, as a script's would, so that no other waits for it.
-            pipe.send((None, (type(error).__name__, str(error), traceback.format_exc())))
+            # A PrivacyValueError is a ValueError, and so on.
+            kind = type(error).__name__.removeprefix("Privacy")
+            pipe.send((None, (kind, str(error), traceback.format_exc())))
             return
 
 

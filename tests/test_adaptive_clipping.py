@@ -290,8 +290,8 @@ def test_privacy_is_accounted_as_with_flat_clipping(private: Any) -> None:
         grad_sample_mode="ghost",
         wrap_model=False,
     )
-    for x, y in run.loader:
-        run.step(x, y)
+    for drawn, (x, y) in zip(run.loader, loader, strict=True):
+        run.step(*drawn)
         optimizer.zero_grad()
         criterion(net(x), y).backward()
         optimizer.step()
@@ -429,18 +429,19 @@ def test_model_that_is_wrapped_already() -> None:
         noise_multiplier=1.0,
         grad_sample_mode="ghost",
     )
-    module, optimizer, criterion, _ = again(optimizer=run.optimizer, max_grad_norm=5.0)
+    module, optimizer, criterion, loader = again(optimizer=run.optimizer, max_grad_norm=5.0)
     assert module.max_grad_norm == optimizer.max_grad_norm == 5.0
     assert run.optimizer.max_grad_norm == C
-    x, y = next(iter(data))
+    x, y = next(iter(loader))
     criterion(module(x), y).backward()
     with pytest.raises(ValueError, match="max_grad_norm changed"):
         run.optimizer.step()
     optimizer.step()
     assert optimizer.max_grad_norm == 5.0
-    module, optimizer, criterion, _ = again(
+    module, optimizer, criterion, loader = again(
         optimizer=optimizer, max_grad_norm=4.0, clipping="adaptive", unclipped_num_std=3.0, **WIDE
     )
+    x, y = next(iter(loader))
     optimizer.zero_grad()
     criterion(module(x), y).backward()
     optimizer.step()

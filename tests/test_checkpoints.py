@@ -37,6 +37,7 @@ class Run:
             max_grad_norm=1.0,
             grad_sample_mode=mode,
             noise_generator=generator,
+            poisson_sampling=False,
         )
 
     def step(self) -> list[Tensor]:

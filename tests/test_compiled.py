@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -53,3 +54,25 @@ def test_equals_oracle(name: str, mode: str, compiled: Callable[[nn.Module], nn.
         wrapped.clipped_sum.passes = 0
         for param in model.parameters():
             param.summed_grad = None
+
+
+def test_setting_of_torch_is_given_back() -> None:
+    """The one that a second backward through compiled layers needs; the last one that needs it gives it back."""
+    gc.collect()  # the models of other tests
+    before = torch._functorch.config.donated_buffer
+    assert before
+    models = [GradSampleModuleFastGradientClipping(of_blocks(nn.Sequential(nn.Linear(2, 2)))) for _ in range(2)]
+    assert not torch._functorch.config.donated_buffer
+    models[0].to_standard_module()
+    models[0].cleanup()
+    assert not torch._functorch.config.donated_buffer
+    models[1].cleanup()
+    assert torch._functorch.config.donated_buffer == before
+    GradSampleModuleFastGradientClipping(nn.Linear(2, 2))
+    assert torch._functorch.config.donated_buffer == before
+    del models
+    dropped = GradSampleModuleFastGradientClipping(of_blocks(nn.Sequential(nn.Linear(2, 2))))
+    assert not torch._functorch.config.donated_buffer
+    del dropped
+    gc.collect()
+    assert torch._functorch.config.donated_buffer == before

@@ -60,7 +60,7 @@ def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9, eva
         # Without a backward FSDP leaves the outermost parameters whole.
         with torch.no_grad():
             model(x)
-    model, optimizer, criterion, _ = private(model, x, y, optimizer=optimizer, grad_sample_mode=mode)
+    model, optimizer, criterion, _ = private(model, x, y, optimizer=optimizer, grad_sample_mode=mode, any_batch=True)
     rank, size = model.layout.data_rank, model.layout.data_ranks
     # Torch's distributed tensors cannot be of no sample.
     own = partial(part, rank=rank, size=size, least=1 if model.layout.shares_samples else 0)

@@ -151,7 +151,7 @@ def only_a_norm(model: nn.Module) -> nn.Module:
 
 def noise_of_copies() -> tuple[dict[str, Tensor], list[int]]:
     model, x, y = wide()
-    model, optimizer, criterion, loader = private(only_a_norm(model), x, y, noise_multiplier=1.0)
+    model, optimizer, criterion, loader = private(only_a_norm(model), x, y, noise_multiplier=1.0, any_batch=True)
     criterion = DPLossFastGradientClipping(model, optimizer, lambda output, target: 0 * output.sum())
     criterion(model(x), y).backward()
     optimizer.step()
@@ -220,7 +220,13 @@ def noise(wrap: Callable, secure: bool, mode: str = "ghost_bk") -> list[dict[str
     """The noise of two steps whose clipped sum is 0, where all ranks have set one seed."""
     model, x, y = wide()
     model, optimizer, _, _ = private(
-        wrap(model), x, y, noise_multiplier=3.0, engine=PrivacyEngine(secure_mode=secure), grad_sample_mode=mode
+        wrap(model),
+        x,
+        y,
+        noise_multiplier=3.0,
+        engine=PrivacyEngine(secure_mode=secure),
+        grad_sample_mode=mode,
+        any_batch=True,
     )
     criterion = DPLossFastGradientClipping(model, optimizer, lambda output, target: 0 * output.sum())
     result = []
@@ -297,7 +303,13 @@ def train(path: str, wrap: Callable, optimizer: Callable, save: bool, steps: int
     engine = PrivacyEngine()
     wrapped = wrap(model)
     model, private_optimizer, criterion, _ = private(
-        wrapped, x, y, optimizer=optimizer(wrapped.parameters()), engine=engine, noise_multiplier=1e-12
+        wrapped,
+        x,
+        y,
+        optimizer=optimizer(wrapped.parameters()),
+        engine=engine,
+        noise_multiplier=1e-12,
+        any_batch=True,
     )
     if not save:
         engine.load_checkpoint(path=path, module=model, optimizer=private_optimizer)
@@ -512,7 +524,7 @@ def test_two_passes_by_hand_are_refused_under_fsdp(two):
 
 def die(wrap: Callable) -> None:
     model, x, y = images()
-    model, optimizer, criterion, _ = private(wrap(model), x, y)
+    model, optimizer, criterion, _ = private(wrap(model), x, y, any_batch=True)
     for step in range(3):
         optimizer.zero_grad()
         criterion(model(x), y).backward()
@@ -602,7 +614,7 @@ def test_a_forward_that_is_not_part_of_the_loss(two):
 
 def evaluated_before_the_step(mode: str) -> None:
     plain, x, y = images()
-    model, optimizer, criterion, _ = private(fsdp(copy.deepcopy(plain)), x, y, grad_sample_mode=mode)
+    model, optimizer, criterion, _ = private(fsdp(copy.deepcopy(plain)), x, y, grad_sample_mode=mode, any_batch=True)
     share = slice(model.layout.data_rank, None, model.layout.data_ranks)
     for _ in range(2):
         optimizer.zero_grad()
@@ -665,7 +677,7 @@ def in_half(wrap: Callable, mode: str) -> None:
     after = []
     for layout in (lambda model: model, wrap):
         model, x, y = tokens()
-        model, optimizer, criterion, _ = private(layout(model.float()), x, y, grad_sample_mode=mode)
+        model, optimizer, criterion, _ = private(layout(model.float()), x, y, grad_sample_mode=mode, any_batch=True)
         scaler = GradScaler("cpu", init_scale=1024.0)
         share = slice(model.layout.data_rank, None, model.layout.data_ranks)
         with torch.autocast("cpu", torch.float16):
@@ -688,7 +700,9 @@ def test_scaled_losses_under_autocast(two, wrap, mode):
 def not_finite(wrap: Callable, mode: str) -> int:
     plain, x, y = tokens() if wrap is both else images()
     x[3] = float("nan")
-    model, optimizer, criterion, _ = private(wrap(copy.deepcopy(plain)), x, y, grad_sample_mode=mode, nonfinite="drop")
+    model, optimizer, criterion, _ = private(
+        wrap(copy.deepcopy(plain)), x, y, grad_sample_mode=mode, nonfinite="drop", any_batch=True
+    )
     rank, size = model.layout.data_rank, model.layout.data_ranks
     criterion(model(x[rank::size]), y[rank::size]).backward()
     optimizer.step()

@@ -54,7 +54,7 @@ class Run:
         self.model = Model()
         self.x, self.y = torch.randn(B, 2, 3), torch.randn(B, 2, 3)
         self.engine = PrivacyEngine(accountant="rdp")
-        self.module, self.optimizer, self.criterion, _ = self.engine.make_private(
+        self.module, self.optimizer, self.criterion, self.loader = self.engine.make_private(
             module=self.model,
             optimizer=torch.optim.SGD(self.model.parameters(), lr=0.1),
             criterion=nn.MSELoss(),
@@ -64,7 +64,13 @@ class Run:
             grad_sample_mode=mode,
         )
 
+    def draw(self) -> None:
+        """Draws the batch that a step is on: all samples, at a sampling rate of 1."""
+        x, y = next(iter(self.loader))
+        assert torch.equal(x, self.x) and torch.equal(y, self.y)
+
     def step(self) -> None:
+        self.draw()
         self.optimizer.zero_grad()
         self.criterion(self.module(self.x), self.y).backward()
         self.optimizer.step()
@@ -125,6 +131,7 @@ def test_backward_that_is_tried_again(mode: str) -> None:
     while True:
         operation += 2
         run = Run(mode)
+        run.draw()
         loss = run.criterion(run.module(run.x), run.y)
         try:
             with BreakOff(operation, torch.OutOfMemoryError):
@@ -145,6 +152,7 @@ def test_interrupt_between_backward_and_step(mode: str) -> None:
     """The sum is whole and waits."""
     run, other = Run(mode), Run(mode)
     try:
+        run.draw()
         run.criterion(run.module(run.x), run.y).backward()
         raise KeyboardInterrupt
     except KeyboardInterrupt:

@@ -23,18 +23,26 @@ class Run:
     """A private run on a small model, without noise unless it is said."""
 
     def __init__(
-        self, mode: str, model: nn.Module | None = None, poisson: bool = False, noise: float = 0.0, **options: Any
+        self,
+        mode: str,
+        model: nn.Module | None = None,
+        poisson: bool = False,
+        noise: float = 0.0,
+        batches: int = 1,
+        **options: Any,
     ):
         torch.manual_seed(0)
         self.model = model or nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.ReLU(), nn.Linear(5, 3))
         self.x, self.y = torch.randn(B, 4), torch.randint(3, (B,))
+        data = TensorDataset(self.x.repeat(batches, 1), self.y.repeat(batches))
         params = [param for param in self.model.parameters() if param.requires_grad]
         self.engine = PrivacyEngine(accountant="rdp")
-        self.module, self.optimizer, self.criterion, _ = self.engine.make_private(
+        self.poisson = poisson
+        self.module, self.optimizer, self.criterion, self.loader = self.engine.make_private(
             module=self.model,
             optimizer=torch.optim.SGD(params, lr=0.1),
             criterion=nn.CrossEntropyLoss(),
-            data_loader=DataLoader(TensorDataset(self.x, self.y), batch_size=B // 2),
+            data_loader=DataLoader(data, batch_size=B),
             noise_multiplier=noise,
             max_grad_norm=C,
             poisson_sampling=poisson,
@@ -43,6 +51,9 @@ class Run:
         )
 
     def loss(self) -> Any:
+        if self.poisson:
+            x, _ = next(iter(self.loader))  # all samples, at a sampling rate of 1
+            assert torch.equal(x, self.x)
         return self.criterion(self.module(self.x), self.y)
 
     def steps(self) -> int:
@@ -115,7 +126,7 @@ def test_two_losses_of_one_forward(mode: str) -> None:
 
 def test_two_forwards_and_then_two_backwards(mode: str) -> None:
     """Of different batches, as some loops have it, and accounted as two."""
-    run = Run(mode, nn.Linear(4, 3))
+    run = Run(mode, nn.Linear(4, 3), batches=4)
     z = torch.randn(B, 4)
     first, second = run.loss(), run.criterion(run.module(z), run.y)
     first.backward()
@@ -126,7 +137,7 @@ def test_two_forwards_and_then_two_backwards(mode: str) -> None:
     run.optimizer.step()
     # One step at twice the rate.
     ((_, sample_rate, steps),) = run.engine.accountant.history
-    assert (sample_rate, steps) == (2 * (B // 2) / B, 1)
+    assert (sample_rate, steps) == (2 / 4, 1)
 
 
 def test_two_views_of_a_batch(mode: str) -> None:
@@ -273,16 +284,20 @@ def test_clipping_norm_that_is_changed_before_the_step(mode: str, owner: str) ->
 
 
 def test_plain_backward_first(mode: str) -> None:
-    """Its gradients are dropped, and the private ones are none the worse."""
+    """Its gradients are not dropped without a word, and the private ones are none the worse."""
     run = Run(mode, nn.Linear(4, 3))
     oracle = reference(run.model, nn.CrossEntropyLoss(), (run.x,), run.y, B)
     nn.CrossEntropyLoss()(run.module(run.x), run.y).backward()
     run.loss().backward()
     for name, wanted in oracle.clipped_sum(C).items():
         assert_equal(run.model.get_parameter(name).summed_grad, wanted, name)
+    with pytest.raises(ValueError, match=r"in p\.grad of weight, bias"):
+        run.optimizer.step()
+    for param in run.model.parameters():
+        param.grad = None
     run.optimizer.step()
     for name, param in run.model.named_parameters():
-        assert_equal(param.grad, oracle.clipped_sum(C)[name] / (B // 2), name)
+        assert_equal(param.grad, oracle.clipped_sum(C)[name] / B, name)
 
 
 def test_sums_of_several_passes_that_share_memory(mode: str) -> None:

@@ -52,7 +52,13 @@ def step(name: str, wrap: Callable[[nn.Module], nn.Module], mode: str) -> None:
     max_grad_norm = oracle.total_norm().median().item()
     before = weights(model)
     model, optimizer, criterion, _ = private(
-        wrap(model), target, target, criterion=loss_of, max_grad_norm=max_grad_norm, grad_sample_mode=mode
+        wrap(model),
+        target,
+        target,
+        criterion=loss_of,
+        max_grad_norm=max_grad_norm,
+        grad_sample_mode=mode,
+        any_batch=True,
     )
     share = slice(model.layout.data_rank, None, model.layout.data_ranks)
     criterion(model(**{key: value[share] for key, value in inputs.items()}), target[share]).backward()

@@ -70,6 +70,8 @@ class Private:
             criterion=of_outputs,
             data_loader=DataLoader(TensorDataset(*tokens), batch_size=BATCH),
             grad_sample_mode=mode,
+            # The steps are on batches that are not drawn, of samples whose gradients are known.
+            poisson_sampling=False,
             **{"noise_multiplier": NOISE_MULTIPLIER, "max_grad_norm": MAX_GRAD_NORM, **options},
         )
         torch.manual_seed(seed)

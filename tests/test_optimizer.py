@@ -13,8 +13,9 @@ from opacus.utils.batch_memory_manager import BatchMemoryManager
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_fgc import PrivacyEngine
+from opacus_fgc import DPOptimizerFastGradientClipping, PrivacyEngine, PrivacyError
 from opacus_fgc.privacy_engine import MODES
+from tests.case import two_passes_by_hand
 from tests.reference import reference
 
 SIZE = 32
@@ -261,6 +262,11 @@ def test_step_needs_a_clipped_gradient(private: Any) -> None:
     nn.functional.cross_entropy(model(x), y).backward()
     with pytest.raises(ValueError, match=r"step\(\) without a clipped gradient"):
         optimizer.step()
+    # Nor are they dropped without a word.
+    criterion(model(x), y).backward()
+    with pytest.raises(ValueError, match=r"not clipped is the gradient in p\.grad of 0\.weight"):
+        optimizer.step()
+    optimizer.zero_grad()
     criterion(model(x), y).backward()
     optimizer.step()
     with pytest.raises(ValueError, match="haven't been cleared"):
@@ -277,6 +283,7 @@ def test_closure(private: Any) -> None:
     _, model, optimizer, criterion, loader = private()
     x, y = next(iter(loader))
     before = flat(model, "data").clone()
+    wanted = criterion(model(x), y).item()
 
     def closure():
         optimizer.zero_grad()
@@ -284,8 +291,108 @@ def test_closure(private: Any) -> None:
         loss.backward()
         return loss
 
-    optimizer.step(closure)
+    loss = optimizer.step(closure)
     assert not torch.equal(flat(model, "data"), before)
+    assert loss.item() == pytest.approx(wanted)
+
+
+def test_closure_of_a_part(private: Any) -> None:
+    """Also where the step is skipped, to go on summing."""
+    _, model, optimizer, criterion, loader = private(batch_size=16)
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=5, optimizer=optimizer) as parts:
+        for x, y in parts:
+
+            def closure(x=x, y=y):
+                optimizer.zero_grad()
+                loss = criterion(model(x), y)
+                loss.backward()
+                return loss
+
+            with torch.no_grad():
+                wanted = nn.functional.cross_entropy(model(x), y)
+                assert optimizer.step(closure).item() == pytest.approx(wanted.item())
+
+
+class Line(torch.optim.LBFGS):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Line])
+def test_optimizer_of_several_gradients_a_step(kind: type[torch.optim.Optimizer]) -> None:
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__} evaluates the loss several times"):
+        DPOptimizerFastGradientClipping(
+            kind(nn.Linear(2, 2).parameters()), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
+        )
+
+
+def test_scheduled_optimizer_is_of_one_gradient(private: Any) -> None:
+    """A scheduler wraps `step`."""
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    DPOptimizerFastGradientClipping(optimizer, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+
+
+def written(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    for param in model.parameters():
+        param.grad = 0.1 * param.detach()
+
+
+def plain_with_hooks_off(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
+    model.disable_hooks()
+    nn.functional.cross_entropy(model(x), y).backward()
+    model.enable_hooks()
+
+
+@pytest.mark.parametrize("physical", [None, 3])
+@pytest.mark.parametrize("put", [written, plain_with_hooks_off])
+def test_gradient_that_a_step_would_drop(private: Any, put: Any, physical: int | None) -> None:
+    """Also in a part of a batch, whose `zero_grad` would clear it."""
+    engine, model, optimizer, criterion, loader = private()
+    with BatchMemoryManager(data_loader=loader, max_physical_batch_size=physical or SIZE, optimizer=optimizer) as parts:
+        x, y = next(iter(parts))
+    before = flat(model, "data").clone()
+    optimizer.zero_grad()
+    criterion(model(x), y).backward()
+    put(model, x, y)
+    with pytest.raises(PrivacyError, match=r"in p\.grad of .*register_step_pre_hook"):
+        optimizer.step()
+    assert torch.equal(flat(model, "data"), before) and not engine.accountant.history
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_public_gradient_that_is_added_after_the_noise(private: Any, set_to_none: bool) -> None:
+    """As the error says."""
+    _, model, optimizer, criterion, loader = private()
+    target = [param.detach() + 1 for param in model.parameters()]
+
+    def proximal(*_: Any) -> None:
+        penalty = sum((param - goal).square().sum() for param, goal in zip(model.parameters(), target, strict=True))
+        gradients = torch.autograd.grad(penalty, list(model.parameters()))
+        for param, gradient in zip(model.parameters(), gradients, strict=True):
+            param.grad += gradient
+
+    with torch.enable_grad():
+        optimizer.original_optimizer.register_step_pre_hook(torch.enable_grad()(proximal))
+    for x, y in loader:
+        optimizer.zero_grad(set_to_none=set_to_none)
+        oracle = reference(model._module, nn.CrossEntropyLoss(), (x,), y, len(x))
+        before = flat(model, "data").clone()
+        criterion(model(x), y).backward()
+        optimizer.step()
+        clipped = torch.cat([gradient.flatten() for gradient in oracle.clipped_sum(0.5).values()])
+        public = 2 * (before - torch.cat([goal.flatten() for goal in target]))
+        torch.testing.assert_close(flat(model, "data"), before - 0.1 * (clipped / 8 + public))
+
+
+def test_passes_by_hand_leave_no_gradient_that_a_step_would_drop(private: Any) -> None:
+    _, model, optimizer, _, loader = private()
+    for x, y in loader:
+        optimizer.zero_grad()
+        two_passes_by_hand(model, nn.functional.cross_entropy(model(x), y, reduction="none"))
+        assert all(param.grad is None for param in model.parameters())
+        optimizer.step()
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop])

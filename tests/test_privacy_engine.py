@@ -21,6 +21,7 @@ from opacus_fgc import (
     GradSampleModuleFastGradientClipping,
     PrivacyEngine,
 )
+from opacus_fgc.errors import PrivacyNotImplementedError
 from opacus_fgc.privacy_engine import MODES
 from tests.case import Apply
 
@@ -119,6 +120,52 @@ def test_with_epsilon(mode: str) -> None:
     for _ in range(2):
         train(model, optimizer, criterion, loader)
     assert engine.get_epsilon(1e-3) == pytest.approx(3.0, abs=0.02)
+
+
+BUDGET = {"target_epsilon": 3.0, "target_delta": 1e-3, "epochs": 2}
+
+
+@pytest.mark.parametrize("mode", [*MODES, "hooks"])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        *(("target_epsilon", value) for value in (0, -1.0, math.nan, math.inf, "3", None)),
+        *(("target_delta", value) for value in (0, 1, 1.5, -0.1, math.nan, "1e-5")),
+        *(("epochs", value) for value in (0, -1, 0.1, math.nan, math.inf, None)),
+    ],
+)
+def test_budgets_without_a_meaning(name: str, value: Any, mode: str) -> None:
+    keywords = arguments(classifier(), grad_sample_mode=mode, **{**BUDGET, name: value})
+    del keywords["noise_multiplier"]
+    with pytest.raises(ValueError, match=f"{name} is "):
+        PrivacyEngine().make_private_with_epsilon(**keywords)
+
+
+def test_budget_for_data_without_a_length() -> None:
+    keywords = arguments(classifier(), data_loader=DataLoader(Endless()), poisson_sampling=False, **BUDGET)
+    del keywords["noise_multiplier"]
+    with pytest.raises(ValueError, match="sampling rate is not known"):
+        PrivacyEngine().make_private_with_epsilon(**keywords)
+
+
+@pytest.mark.filterwarnings("ignore:GDP accounting is experimental")
+@pytest.mark.parametrize("accountant", ["prv", "rdp", "gdp"])
+def test_epsilon_before_the_first_step_and_without_noise(accountant: str) -> None:
+    for noise_multiplier, epsilon in ((1.0, None), (0.0, math.inf)):
+        engine = PrivacyEngine(accountant=accountant)
+        model, optimizer, criterion, loader = engine.make_private(
+            **arguments(classifier(), noise_multiplier=noise_multiplier)
+        )
+        assert engine.get_epsilon(1e-3) == 0.0
+        train(model, optimizer, criterion, loader)
+        after = engine.get_epsilon(1e-3)
+        assert after == epsilon if epsilon else 0 < after < math.inf
+
+
+@pytest.mark.parametrize("mode", ["goast", None, 3])
+def test_unknown_mode(mode: Any) -> None:
+    with pytest.raises(ValueError, match=r"grad_sample_mode is .*'ghost', 'ghost_bk', .*Opacus.*hooks"):
+        PrivacyEngine().make_private(**arguments(classifier(), grad_sample_mode=mode))
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ew", "no_op"])
@@ -232,6 +279,24 @@ BAD = {
     ),
     "eval-mode": (lambda: classifier().eval(), {}, ValueError, "training mode"),
     "iterable-data": (classifier, {"data_loader": DataLoader(Endless())}, ValueError, "IterableDataset"),
+    "iterable-data-without-a-length": (
+        classifier,
+        {"data_loader": DataLoader(Endless()), "poisson_sampling": False},
+        ValueError,
+        "sampling rate is not known.*IterableDataset.*__len__",
+    ),
+    "several-gradients-a-step": (
+        classifier,
+        {"optimizer": torch.optim.LBFGS(nn.Linear(2, 7).parameters())},
+        PrivacyNotImplementedError,
+        "LBFGS evaluates the loss several times",
+    ),
+    "data-that-are-batches": (
+        classifier,
+        {"data_loader": DataLoader(TensorDataset(torch.zeros(3, 8, 1)), batch_size=None), "poisson_sampling": False},
+        ValueError,
+        "batch_size=None",
+    ),
     "no-data": (
         classifier,
         {"data_loader": DataLoader(TensorDataset(torch.zeros(3, 1)), batch_size=8, drop_last=True)},

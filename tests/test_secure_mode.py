@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from opacus_fgc import DPOptimizerFastGradientClipping, PrivacyEngine
+from opacus_fgc.draws import Batches
 from opacus_fgc.privacy_engine import MODES
 from opacus_fgc.secure_random import CHUNK, GRID, SecureGenerator
 from opacus_fgc.secure_sampling import SecurePoissonSampler, SecureRandomSampler, secured
@@ -133,7 +134,7 @@ def test_with_epsilon(private: Any) -> None:
 
 @pytest.mark.parametrize("noise_multiplier", [0.0, 1e-9])
 def test_noise_is_added_to_the_clipped_sum(private: Any, noise_multiplier: float) -> None:
-    _, model, optimizer, criterion, _ = private(noise_multiplier=noise_multiplier)
+    _, model, optimizer, criterion, _ = private(poisson_sampling=False, noise_multiplier=noise_multiplier)
     x, y = batch()
     oracle = reference(model._module, nn.CrossEntropyLoss(), (x,), y, len(x))
     criterion(model(x), y).backward()
@@ -144,7 +145,7 @@ def test_noise_is_added_to_the_clipped_sum(private: Any, noise_multiplier: float
 
 
 def test_gradients_have_to_be_cleared_between_steps(private: Any) -> None:
-    _, model, optimizer, criterion, _ = private()
+    _, model, optimizer, criterion, _ = private(poisson_sampling=False)
     x, y = batch()
     criterion(model(x), y).backward()
     optimizer.step()
@@ -154,7 +155,7 @@ def test_gradients_have_to_be_cleared_between_steps(private: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_of_the_model(private: Any, dtype: torch.dtype) -> None:
-    _, model, optimizer, criterion, _ = private(module=network().to(dtype))
+    _, model, optimizer, criterion, _ = private(poisson_sampling=False, module=network().to(dtype))
     x, y = batch()
     noise = torch.cat([noise_of(model, optimizer, criterion, x.to(dtype), y).double() for _ in range(40)])
     assert all(param.grad.dtype == param.dtype == dtype for param in model.parameters())
@@ -166,7 +167,8 @@ def test_dtype_of_the_model(private: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("max_grad_norm, noise_multiplier", [(0.5, 1.0), (2.0, 0.3)])
 def test_noise_is_normal_and_independent(private: Any, max_grad_norm: float, noise_multiplier: float) -> None:
-    _, model, optimizer, criterion, _ = private(max_grad_norm=max_grad_norm, noise_multiplier=noise_multiplier)
+    options = {"max_grad_norm": max_grad_norm, "noise_multiplier": noise_multiplier}
+    _, model, optimizer, criterion, _ = private(poisson_sampling=False, **options)
     x, y = batch()
     noise = torch.stack([noise_of(model, optimizer, criterion, x, y) for _ in range(200)])
     noise /= noise_multiplier * max_grad_norm
@@ -188,7 +190,7 @@ def test_noise_of_a_tensor_of_many_chunks() -> None:
 
 
 def test_noise_without_samples_and_for_unused_parameters(private: Any) -> None:
-    _, model, optimizer, criterion, _ = private()
+    _, model, optimizer, criterion, _ = private(poisson_sampling=False)
     x, y = batch()
     criterion(model(x[:0]), y[:0]).backward()
     assert flat(model, "summed_grad").abs().max() == 0
@@ -346,6 +348,7 @@ def test_no_seed_makes_a_run_again(private: Any, poisson_sampling: bool) -> None
     for _ in range(3):
         seed_everything()
         _, model, optimizer, criterion, loader = private(shuffle=True, poisson_sampling=poisson_sampling)
+        optimizer.batches = Batches()  # its steps are on samples that are not drawn
         for _ in range(2):
             seed_everything()
             noise.append(noise_of(model, optimizer, criterion, x, y))
@@ -363,6 +366,8 @@ def test_torch_and_numpy_draw_nothing(private: Any, poisson_sampling: bool, monk
         raise AssertionError("a random number that is not secure")
 
     _, model, optimizer, criterion, loader = private(shuffle=True, poisson_sampling=poisson_sampling)
+
+    optimizer.batches = Batches()  # its steps are on samples that are not drawn
     x, y = batch()
     criterion(model(x), y).backward()
     for name in RANDOM:
@@ -379,6 +384,7 @@ def test_torch_and_numpy_draw_nothing(private: Any, poisson_sampling: bool, monk
 
 def test_checkpoint_has_nothing_of_the_generator(private: Any) -> None:
     engine, model, optimizer, criterion, loader = private()
+    optimizer.batches = Batches()  # its steps are on samples that are not drawn
     x, y = batch()
     noise = [noise_of(model, optimizer, criterion, x, y)]
     file = io.BytesIO()
@@ -388,6 +394,7 @@ def test_checkpoint_has_nothing_of_the_generator(private: Any) -> None:
     noise.append(noise_of(model, optimizer, criterion, x, y))
     for _ in range(2):
         resumed, other, other_optimizer, other_criterion, other_loader = private()
+        other_optimizer.batches = Batches()  # its steps are on samples that are not drawn
         file.seek(0)
         resumed.load_checkpoint(path=file, module=other, optimizer=other_optimizer)
         assert resumed.accountant.history == [(1.0, BATCH / SIZE, 1)]

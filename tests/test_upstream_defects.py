@@ -30,7 +30,7 @@ def make_private(model: nn.Module, x: Tensor, y: Tensor, criterion: Any, **optio
     module, optimizer, criterion, _ = engine.make_private(
         module=model,
         optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
-        data_loader=DataLoader(TensorDataset(x, y), batch_size=len(x) // 2),
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=options.pop("batch_size", len(x) // 2)),
         criterion=criterion,
         **{**defaults, **options},
     )
@@ -120,7 +120,7 @@ def test_layer_that_is_skipped_in_the_next_step(private: Any) -> None:
             return self.second(x if self.skip else self.first(100 * x))
 
     model, x, y = Skipping(), torch.randn(B, 4), torch.randint(3, (B,))
-    _, module, optimizer, criterion = private(model, x, y, nn.CrossEntropyLoss())
+    _, module, optimizer, criterion = private(model, x, y, nn.CrossEntropyLoss(), batch_size=B)
     for skip in (False, True, False):
         model.skip = skip
         oracle = reference(model, nn.CrossEntropyLoss(), (x,), y, B)
