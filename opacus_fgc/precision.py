@@ -11,14 +11,60 @@ import torch
 from torch import Tensor
 
 
+# The dtypes whose rounding is not small against a privacy guarantee, and what takes their place.
+_WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
+
+# Rows up to the first length are summed at once, longer ones in pieces of the second.
+_SHORT, _PIECE = 1024, 512
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether a tensor is in half precision."""
+    return tensor.dtype in _WIDENED
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Widens half precision."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.to(_WIDENED.get(tensor.dtype, tensor.dtype))
 
 
-def without_float16(tensor: Tensor) -> Tensor:
-    """Widens float16, whose range is too small for what clipping coefficients and scaled losses do to backprops."""
-    return tensor.float() if tensor.dtype is torch.float16 else tensor
+def real_parts(tensor: Tensor) -> Tensor:
+    """A complex tensor as one of real numbers, two for each along the last axis; a real one as it is."""
+    return torch.view_as_real(tensor.resolve_conj()).flatten(-2) if tensor.is_complex() else tensor
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """In float64, in which no square of a float32 number vanishes or overflows; on MPS, which has none, as it is."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """L2 norms along the last axis, right to a few roundings however long it is.
+
+    `torch.linalg.vector_norm` adds up squares one after the other, in a few sums. What is added is rounded to the size of what is
+    there: in float32 on a CPU the norm of ``2**24`` random numbers comes out 6e-4 too small, that of equal ones up to 1.5e-2. The
+    norm of the norms of short pieces has neither error, and takes the same time. (Over complex numbers torch is 80 times
+    slower than over their parts.)
+
+    Squares that are smaller than the smallest number vanish, so a norm may come out too small by ``1e-19 * sqrt(K)`` in
+    float32, which is nothing against the least clipping norm. Where a norm is a factor of another one, see `per_sample.Outer`.
+
+    Args:
+        rows: shape ``(*, K)``, of any floating or complex dtype.
+
+    Returns:
+        Norms, shape ``(*)``, real, float32 or wider.
+    """
+    rows = real_parts(at_least_float32(rows))
+    length = rows.shape[-1]
+    if length <= _SHORT:
+        return torch.linalg.vector_norm(rows, dim=-1)
+    whole = length - length % _PIECE
+    pieces = torch.linalg.vector_norm(rows[..., :whole].unflatten(-1, (-1, _PIECE)), dim=-1)
+    if whole < length:
+        tail = torch.linalg.vector_norm(rows[..., whole:], dim=-1, keepdim=True)
+        pieces = torch.cat([pieces, tail], -1)
+    return row_norms(pieces)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
