@@ -189,7 +189,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         for param in self.params:
             _check_processed_flag(param.summed_grad)
         for param, gradient in self.module.layout.released(self.params, partial(self.with_noise, std=std)):
-            param.grad = gradient
+            param.grad = gradient.to(param.dtype)
             _mark_as_processed(param.summed_grad)
 
     def scale_grad(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +23,14 @@ def is_half(tensor: Tensor) -> bool:
     return tensor.dtype in _WIDENED
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or what takes the place of half precision."""
+    return _WIDENED.get(dtype, dtype)
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Widens half precision."""
-    return tensor.to(_WIDENED.get(tensor.dtype, tensor.dtype))
+    return tensor.to(widened(tensor.dtype))
 
 
 def real_parts(tensor: Tensor) -> Tensor:
@@ -77,22 +82,58 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """A context without autocast, in which products of float32 are of float32, not of TF32 or bfloat16."""
-    reduced = [(setting, value, full) for setting, value, full in _settings() if value not in (full, "none")]
-    for setting, _, full in reduced:
-        setting(full)
+    reduced = [setting for setting in _settings() if setting.is_reduced]
+    for setting in reduced:
+        setting.set(setting.full)
     try:
         with without_autocast(device):
             yield
     finally:
-        for setting, value, _ in reduced:
-            setting(value)
+        for setting in reduced:
+            setting.set(setting.value)
 
 
-def _settings() -> Iterator[tuple[Callable[[str], None], str, str]]:
-    """How torch multiplies float32: what sets it, its value, and that of full precision."""
-    backends: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    for backend in backends:
-        if hasattr(backend, "fp32_precision"):
-            yield partial(setattr, backend, "fp32_precision"), backend.fp32_precision, "ieee"
-        else:  # torch before 2.9
-            yield torch.set_float32_matmul_precision, torch.get_float32_matmul_precision(), "highest"
+def reduced_operations(device: torch.device) -> set[str]:
+    """Which operations on float32 round more than float32 does on a device: "matmul", "conv"."""
+    return {setting.operation for setting in _settings() if setting.is_reduced and setting.device == device.type}
+
+
+class _Setting(NamedTuple):
+    """How torch multiplies float32 in an operation on a type of device.
+
+    Attributes:
+        device: the type.
+        operation: "matmul" or "conv".
+        set: sets it.
+        value: what it is.
+        full: its value for full precision.
+    """
+
+    device: str
+    operation: str
+    set: Callable[[Any], None]
+    value: Any
+    full: Any
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.value not in (self.full, "none")
+
+
+def _settings() -> Iterator[_Setting]:
+    backends = torch.backends
+    modules: dict[str, dict[str, Any]] = {
+        "cuda": {"matmul": backends.cuda.matmul, "conv": getattr(backends.cudnn, "conv", None)},
+        "cpu": {name: getattr(backends.mkldnn, name, None) for name in ("matmul", "conv")},
+    }
+    for device, operations in modules.items():
+        for operation, module in operations.items():
+            if hasattr(module, "fp32_precision"):
+                set_precision = partial(setattr, module, "fp32_precision")
+                yield _Setting(device, operation, set_precision, module.fp32_precision, "ieee")
+            elif operation == "matmul":  # torch before 2.9
+                precision = torch.get_float32_matmul_precision()
+                yield _Setting(device, operation, torch.set_float32_matmul_precision, precision, "highest")
+            elif device == "cuda":
+                allowed = backends.cudnn.allow_tf32
+                yield _Setting(device, operation, partial(setattr, backends.cudnn, "allow_tf32"), allowed, False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from opacus_fgc.axes import local
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
-from opacus_fgc.precision import at_least_float32, full_precision, without_autocast
+from opacus_fgc.precision import full_precision, is_half, widened
 from opacus_fgc.taps import Interleave, Use
 
 
@@ -36,6 +36,7 @@ class Record:
         unkept: the parameters that were measured, and of which nothing was kept.
         samples: a mask of the samples that take part in `weighted_sum`, shape ``(N,)``; None if all do.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
+        in_half: whether a layer computed in half precision, or under autocast.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
@@ -53,6 +54,7 @@ class Record:
         self.unkept: list[Any] = []
         self.samples: Tensor | None = None
         self.step: object | None = None
+        self.in_half = False
         self.looking = False
         self.first_not_finite = ""
         self._expected: dict[Any, int] = {}
@@ -61,10 +63,20 @@ class Record:
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
+        self._sums: dict[Any, Tensor] = {}
+        self._summed: Collection[Any] | None = None
+        self._coef: Tensor | None = None
 
-    def again(self) -> Record:
-        """A record of one more backward pass of the same forward."""
+    def again(self, params: Iterable[Any], coef: Tensor | None) -> Record:
+        """A record of one more backward pass of the same forward, which gives this one what `weighted_sum` is made of.
+
+        Args:
+            params: the parameters whose sums are wanted.
+            coef: the coefficients, by which gradients are summed as they come, shape ``(N,)``; None to keep their forms.
+        """
         other = Record(self.loss_reduction)
+        other._summed, other._coef = set(params), coef
+        other._kept, other._sums, other.samples = self._kept, self._sums, self.samples
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.rows_known = self.batch_size_seen, self.rows_known
         other.expectations, other.step = self.expectations, self.step
@@ -124,7 +136,8 @@ class Record:
             ValueError: if the layer saw another number of samples than the layers before it.
             RuntimeError: if a parameter's norm was taken already.
         """
-        complete = {}
+        complete: dict[Any, Measured | None] = {}
+        self.in_half = self.in_half or any(map(is_half, forms)) or any(map(_is_in_half, uses))
         held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
         held += sum(local(param).numel() for param in forms)
         room = self.budget.room(held, len(uses), spared=not self.unkept)
@@ -151,7 +164,7 @@ class Record:
             received.append(form)
             if len(received) == owners:
                 complete[param] = self._measure(param, add(self._forms.pop(param)), room)
-        return complete
+        return {param: measured for param, measured in complete.items() if measured is not None}
 
     def _by_sample(self, form: PerSampleGradient) -> PerSampleGradient:
         """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
@@ -181,15 +194,19 @@ class Record:
                 self._measure(param, add(forms), Room(everything=self.budget.keep.everything))
         missing = [param for param in params if param not in self._norms]
         for param in missing:
-            zeros = torch.zeros(self.batch_size, dtype=param.dtype, device=param.device)
-            self._norms[param] = at_least_float32(zeros)
+            dtype = widened(param.dtype).to_real()
+            self._norms[param] = torch.zeros(self.batch_size, dtype=dtype, device=param.device)
         return self._norms
 
     def measured(self) -> Iterable[tuple[Any, Tensor]]:
         """Each parameter and its norms, in the order in which backward came to them."""
         return self._norms.items()
 
-    def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured:
+    def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured | None:
+        if self._summed is not None:
+            if param in self._summed:
+                self._take(param, form)
+            return None
         measured = form.measured(room)
         factor = (len(measured.norm) if self.loss_reduction == "mean" else 1) / self.loss_scale
         if factor != 1:
@@ -203,18 +220,35 @@ class Record:
                 self.budget.spend(measured.kept.elements)
         return measured
 
+    def _take(self, param: Any, form: PerSampleGradient) -> None:
+        if self._coef is None:
+            self._kept[param] = form
+        else:
+            self._sums[param] = self._weighted(param, form, self._coef)
+
     def weighted_sum(self, param: Any, coef: Tensor) -> Tensor | None:
         """``sum_n coef[n] * gradient[n]`` from the kept form of a parameter, which is given up; None if there is none.
 
         Args:
             param: the parameter.
             coef: shape ``(N,)``.
+
+        Returns:
+            The sum, of the parameter's dtype, or float32 where that is half precision.
         """
+        if param in self._sums:
+            return self._sums.pop(param)
         form = self._kept.pop(param, None)
-        if form is None:
-            return None
+        return None if form is None else self._weighted(param, form, coef)
+
+    def _weighted(self, param: Any, form: PerSampleGradient, coef: Tensor) -> Tensor:
         if self.samples is not None:
             coef, form = coef[self.samples], form.select(self.samples.to(param.device))
-        with without_autocast(param.device):
+        with full_precision(param.device):
             weighted_sum = form.weighted_sum(coef.to(param.device))
-        return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(param.dtype)
+        return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(widened(param.dtype))
+
+
+def _is_in_half(use: Use) -> bool:
+    autocast, _ = use.call.autocast
+    return autocast or any(map(is_half, use.backprops))
