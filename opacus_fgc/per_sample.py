@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opacus_fgc import planner
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-from opacus_fgc.precision import at_least_float32, real_parts, row_norms, widest
+from opacus_fgc.precision import at_least_float32, factor_norms, least_norm, row_norms, widened, widest
 
 
 class Measured(NamedTuple):
@@ -176,13 +176,13 @@ class Squares(NamedTuple):
     Attributes:
         values: shape ``(N,)``.
         scale: the sum of the absolute values of what was added up, or more; shape ``(N,)``.
-        vanishing: a mask of samples for which a part may have vanished before it was multiplied; None for none.
-        vanished: says of which of them it matters.
+        small: a mask of the samples with factors so small that squares of them may have vanished, shape ``(N,)``; None for none.
+        vanished: says of which samples that matters, by another such mask.
     """
 
     values: Tensor
     scale: Tensor
-    vanishing: Tensor | None = None
+    small: Tensor | None = None
     vanished: Callable[[], Tensor] | None = None
 
     def norm(self, exact: Callable[[Tensor], Tensor]) -> Tensor:
@@ -191,13 +191,15 @@ class Squares(NamedTuple):
         Args:
             exact: computes those of the masked samples in another way, in which nothing is squared before it cancels.
         """
-        norm = (self.values + _ROUNDINGS * torch.finfo(self.values.dtype).eps * self.scale).clamp(min=0).sqrt()
-        # Not `<`: where something overflowed, NaN is neither.
-        doubtful = ~(_CANCELLED * self.values > self.scale) & (self.scale != 0)
-        vanishing = doubtful if self.vanishing is None else doubtful | self.vanishing
-        if vanishing.any():
-            if self.vanished is not None:
-                doubtful = doubtful | (self.vanishing & self.vanished())
+        rounding = _ROUNDINGS * torch.finfo(self.values.dtype).eps
+        norm = torch.add(self.values, self.scale, alpha=rounding).clamp_(min=0).sqrt_()
+        # Not `<=`: where something overflowed, NaN is neither.
+        doubtful = ~(_CANCELLED * self.values > self.scale)
+        seen = doubtful if self.small is None else doubtful | self.small
+        if seen.any():
+            doubtful &= self.scale != 0
+            if self.small is not None and self.vanished is not None:
+                doubtful |= self.small & self.vanished()
             if doubtful.any():
                 norm[doubtful] = exact(doubtful)
         return norm
@@ -216,35 +218,38 @@ def _gram_inner(left: Tensor, right: Tensor) -> Squares:
     positions = left.shape[2]
     blocks = 1 if positions < 96 else 2 if positions < 256 else 4
     step = -(-positions // blocks)
-    total = scale = torch.zeros(len(left), dtype=left.dtype.to_real(), device=left.device)
-    lengths: list[tuple[Tensor, Tensor]] = []  # of left and right, squared
+    totals: list[Tensor] = []
+    scales: list[Tensor] = []
+    shortest: list[list[Tensor]] = []  # squared, of left and right
 
     def add(factor: int, left_gram: Tensor, right_gram: Tensor) -> None:
-        nonlocal total, scale
         products = left_gram.mul_(right_gram).flatten(1)
-        total = total + factor * products.sum(1).real
-        scale = scale + factor * (products.abs() if products.is_complex() else products.abs_()).sum(1)
+        sums = products.sum(1).real, (products.abs() if products.is_complex() else products.abs_()).sum(1)
+        for sum_, several in zip(sums, (totals, scales), strict=True):
+            several.append(sum_ if factor == 1 else factor * sum_)
 
     for start in range(0, positions, step):
         rows, others = slice(start, start + step), slice(start + step, None)
         left_rows, right_rows = left[:, :, rows], right[:, :, rows]
         grams = left_rows @ left_rows.mH, right_rows @ right_rows.mH
-        lengths.append(tuple(gram.diagonal(dim1=2, dim2=3).real.clone() for gram in grams))
+        shortest.append([gram.diagonal(dim1=2, dim2=3).real.amin((1, 2)) for gram in grams])
         add(1, *grams)
         if start + step < positions:
             add(2, left_rows @ left[:, :, others].mH, right_rows @ right[:, :, others].mH)
 
-    info = torch.finfo(total.dtype)
-    bounds = [side.shape[3] * info.tiny / info.eps for side in (left, right)]
-    small = torch.cat([(of_left < bounds[0]) | (of_right < bounds[1]) for of_left, of_right in lengths], 2)
+    total, scale = (several[0] if len(several) == 1 else torch.stack(several).sum(0) for several in (totals, scales))
+    bounds = [least_norm(side.shape[3], total.dtype) for side in (left, right)]
+    small = torch.zeros_like(total, dtype=torch.bool)
+    for of_left, of_right in shortest:
+        small |= (of_left < bounds[0] ** 2) | (of_right < bounds[1] ** 2)
 
     def vanished() -> Tensor:
-        # Small are the products of one small side and an ordinary one, too, and those with a side that is 0.
-        peaks = [torch.linalg.vector_norm(real_parts(side), torch.inf, dim=3) for side in (left, right)]
-        lost = (peaks[0] * peaks[1] * small).flatten(1).sum(1) * math.sqrt(left.shape[3] * right.shape[3])
-        return ~(lost <= info.eps * total.clamp(min=0).sqrt())
+        norms = [factor_norms(side) for side in (left, right)]
+        # A small side does not matter if the other one is 0, or its product with it is nothing beside the rest.
+        lost = norms[0] * norms[1] * ((norms[0] < bounds[0]) | (norms[1] < bounds[1]))
+        return ~(lost.flatten(1).sum(1) <= torch.finfo(total.dtype).eps * total.clamp(min=0).sqrt())
 
-    return Squares(total, scale, small.flatten(1).any(1), vanished)
+    return Squares(total, scale, small, vanished)
 
 
 class SumOverPositions(PerSampleGradient):
@@ -343,8 +348,9 @@ class Outer(SumOverPositions):
 
     def norm_of_terms(self) -> Tensor:
         # The square of one side may vanish, or overflow, and its product with the other be of an ordinary size.
-        left, right = (torch.linalg.vector_norm(widest(real_parts(side)), dim=3) for side in (self.left, self.right))
-        return row_norms((left * right).flatten(1)).to(at_least_float32(self.left).dtype.to_real())
+        norms = (factor_norms(self.left) * factor_norms(self.right)).flatten(1)
+        norm = row_norms(norms) if norms.shape[1] > 1 else norms.squeeze(1)
+        return norm.to(widened(self.left.dtype).to_real())
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         left, right = at_least_float32(self.left), at_least_float32(self.right)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,9 @@ _WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.c
 # Rows up to the first length are summed at once, longer ones in pieces of the second.
 _SHORT, _PIECE = 1024, 512
 
+# So many elements are few: wide norms of them take less time than a question.
+_FEW = 2**13
+
 
 def is_half(tensor: Tensor) -> bool:
     """Whether a tensor is in half precision."""
@@ -30,7 +34,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Widens half precision."""
-    return tensor.to(widened(tensor.dtype))
+    return tensor.to(_WIDENED[tensor.dtype]) if tensor.dtype in _WIDENED else tensor
 
 
 def real_parts(tensor: Tensor) -> Tensor:
@@ -38,9 +42,17 @@ def real_parts(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()).flatten(-2) if tensor.is_complex() else tensor
 
 
+def least_norm(length: int, dtype: torch.dtype) -> float:
+    """Norms of so many elements from this on are right, however many of their squares vanish."""
+    info = torch.finfo(dtype)
+    return math.sqrt(length * info.tiny / info.eps)
+
+
 def widest(tensor: Tensor) -> Tensor:
     """In float64, in which no square of a float32 number vanishes or overflows; on MPS, which has none, as it is."""
-    return tensor if tensor.device.type == "mps" else tensor.double()
+    if tensor.device.type == "mps":
+        return at_least_float32(tensor)
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def row_norms(rows: Tensor) -> Tensor:
@@ -52,7 +64,7 @@ def row_norms(rows: Tensor) -> Tensor:
     slower than over their parts.)
 
     Squares that are smaller than the smallest number vanish, so a norm may come out too small by ``1e-19 * sqrt(K)`` in
-    float32, which is nothing against the least clipping norm. Where a norm is a factor of another one, see `per_sample.Outer`.
+    float32, which is nothing against the least clipping norm. Where norms are multiplied, see `factor_norms`.
 
     Args:
         rows: shape ``(*, K)``, of any floating or complex dtype.
@@ -72,6 +84,17 @@ def row_norms(rows: Tensor) -> Tensor:
     return row_norms(pieces)
 
 
+def factor_norms(rows: Tensor) -> Tensor:
+    """As `row_norms`, of what is multiplied: small norms are right, too, and no square overflows. Of any float dtype."""
+    # To ask takes longer than wide norms of few elements, and of those on another device.
+    if rows.numel() > _FEW and rows.device.type == "cpu":
+        norms = row_norms(rows)
+        smallest, largest = torch.stack(norms.aminmax()).tolist()
+        if smallest >= least_norm(rows.shape[-1], norms.dtype) and largest < math.inf:
+            return norms
+    return row_norms(widest(rows))
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast, also in a backward that is called under it."""
     if torch.is_autocast_enabled(device.type):
@@ -79,23 +102,29 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> AbstractContextManager:
     """A context without autocast, in which products of float32 are of float32, not of TF32 or bfloat16."""
-    reduced = [setting for setting in _settings() if setting.is_reduced]
-    for setting in reduced:
-        setting.set(setting.full)
+    # Called for every parameter, so it is kept light.
+    reduced = [one for one in _SETTINGS if one.get() not in one.full and one.concerns in ("", device.type)]
+    return _set_to_full(reduced, device) if reduced else without_autocast(device)
+
+
+@contextmanager
+def _set_to_full(settings: Sequence[_Setting], device: torch.device) -> Iterator[None]:
+    before = [setting.get() for setting in settings]
+    for setting in settings:
+        setting.set(setting.full[0])
     try:
         with without_autocast(device):
             yield
     finally:
-        for setting in reduced:
-            setting.set(setting.value)
+        for setting, value in zip(settings, before, strict=True):
+            setting.set(value)
 
 
 def reduced_operations(device: torch.device) -> set[str]:
     """Which operations on float32 round more than float32 does on a device: "matmul", "conv"."""
-    return {setting.operation for setting in _settings() if setting.is_reduced and setting.device == device.type}
+    return {one.operation for one in _SETTINGS if one.device == device.type and one.get() not in one.full}
 
 
 class _Setting(NamedTuple):
@@ -104,36 +133,43 @@ class _Setting(NamedTuple):
     Attributes:
         device: the type.
         operation: "matmul" or "conv".
+        get: gives its value.
         set: sets it.
-        value: what it is.
-        full: its value for full precision.
+        full: its values for full precision.
+        concerns: the type of device whose results depend on it; "" for any.
     """
 
     device: str
     operation: str
+    get: Callable[[], Any]
     set: Callable[[Any], None]
-    value: Any
-    full: Any
-
-    @property
-    def is_reduced(self) -> bool:
-        return self.value not in (self.full, "none")
+    full: tuple[Any, ...]
+    concerns: str
 
 
 def _settings() -> Iterator[_Setting]:
     backends = torch.backends
-    modules: dict[str, dict[str, Any]] = {
-        "cuda": {"matmul": backends.cuda.matmul, "conv": getattr(backends.cudnn, "conv", None)},
-        "cpu": {name: getattr(backends.mkldnn, name, None) for name in ("matmul", "conv")},
+    modules: dict[tuple[str, str], Any] = {
+        ("cuda", "matmul"): backends.cuda.matmul,
+        ("cuda", "conv"): getattr(backends.cudnn, "conv", None),
+        ("cpu", "matmul"): getattr(backends.mkldnn, "matmul", None),
+        ("cpu", "conv"): getattr(backends.mkldnn, "conv", None),
     }
-    for device, operations in modules.items():
-        for operation, module in operations.items():
-            if hasattr(module, "fp32_precision"):
-                set_precision = partial(setattr, module, "fp32_precision")
-                yield _Setting(device, operation, set_precision, module.fp32_precision, "ieee")
-            elif operation == "matmul":  # torch before 2.9
-                precision = torch.get_float32_matmul_precision()
-                yield _Setting(device, operation, torch.set_float32_matmul_precision, precision, "highest")
-            elif device == "cuda":
-                allowed = backends.cudnn.allow_tf32
-                yield _Setting(device, operation, partial(setattr, backends.cudnn, "allow_tf32"), allowed, False)
+    for (device, operation), module in modules.items():
+        if hasattr(module, "fp32_precision"):
+            # What the attribute asks, by a way that takes a tenth of the time.
+            ask = getattr(torch._C, "_get_fp32_precision_getter", None)
+            get = partial(ask, module.backend, operation) if ask and hasattr(module, "backend") else None
+            get = get or partial(getattr, module, "fp32_precision")
+            # Of products, torch takes the settings of one device for those of others.
+            concerns = "" if operation == "matmul" else device
+            yield _Setting(device, operation, get, partial(setattr, module, "fp32_precision"), ("ieee", "none"), concerns)
+        elif operation == "matmul":  # torch before 2.9
+            get, set_ = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+            yield _Setting(device, operation, get, set_, ("highest",), "")
+        elif device == "cuda":
+            get, set_ = partial(getattr, backends.cudnn, "allow_tf32"), partial(setattr, backends.cudnn, "allow_tf32")
+            yield _Setting(device, operation, get, set_, (False,), device)
+
+
+_SETTINGS = tuple(_settings())

@@ -137,7 +137,7 @@ class Record:
             RuntimeError: if a parameter's norm was taken already.
         """
         complete: dict[Any, Measured | None] = {}
-        self.in_half = self.in_half or any(map(is_half, forms)) or any(map(_is_in_half, uses))
+        self.in_half = self.in_half or _in_half(forms, uses)
         held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
         held += sum(local(param).numel() for param in forms)
         room = self.budget.room(held, len(uses), spared=not self.unkept)
@@ -249,6 +249,8 @@ class Record:
         return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(widened(param.dtype))
 
 
-def _is_in_half(use: Use) -> bool:
-    autocast, _ = use.call.autocast
-    return autocast or any(map(is_half, use.backprops))
+def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:
+    for use in uses:
+        if use.call.autocast[0] or any(map(is_half, use.backprops)):
+            return True
+    return any(map(is_half, params))
