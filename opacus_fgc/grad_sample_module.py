@@ -154,6 +154,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
     def _measure(self, module: Any, uses: Sequence[Use]) -> None:
         assert self.record is not None
         layer = self._tapped(module)
+        if not self.record.wants(layer.params.values()):
+            return
         self._plan.lap()
         try:
             with full_precision(uses[0].backprops[0].device):

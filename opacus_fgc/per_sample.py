@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opacus_fgc import planner
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-from opacus_fgc.precision import at_least_float32, factor_norms, least_norm, row_norms, widened, widest
+from opacus_fgc.precision import at_least_float32, factor_norms, least_norm, product, row_norms, widened, widest
 
 
 class Measured(NamedTuple):
@@ -209,6 +209,9 @@ class Squares(NamedTuple):
 # random terms), which is less than 1e-5 of them as long as this share of the scale is left.
 _ROUNDINGS, _CANCELLED = 4, 32
 
+# How many terms of an inner product, and of a gradient, are added up at once.
+_GRAM_TERMS, _TERMS = 2**11, 2**14
+
 
 def _gram_inner(left: Tensor, right: Tensor) -> Squares:
     """``sum_ts <left_t, left_s> <right_t, right_s>`` of each sample, from both ``(N, groups, T, *)``.
@@ -231,11 +234,12 @@ def _gram_inner(left: Tensor, right: Tensor) -> Squares:
     for start in range(0, positions, step):
         rows, others = slice(start, start + step), slice(start + step, None)
         left_rows, right_rows = left[:, :, rows], right[:, :, rows]
-        grams = left_rows @ left_rows.mH, right_rows @ right_rows.mH
+        grams = [product(side, side.mH, _GRAM_TERMS) for side in (left_rows, right_rows)]
         shortest.append([gram.diagonal(dim1=2, dim2=3).real.amin((1, 2)) for gram in grams])
         add(1, *grams)
         if start + step < positions:
-            add(2, left_rows @ left[:, :, others].mH, right_rows @ right[:, :, others].mH)
+            sides = (left_rows, left[:, :, others]), (right_rows, right[:, :, others])
+            add(2, *(product(of_rows, of_others.mH, _GRAM_TERMS) for of_rows, of_others in sides))
 
     total, scale = (several[0] if len(several) == 1 else torch.stack(several).sum(0) for several in (totals, scales))
     bounds = [least_norm(side.shape[3], total.dtype) for side in (left, right)]
@@ -360,11 +364,12 @@ class Outer(SumOverPositions):
         else:
             right = right * coef
         if left.shape[1] == 1:
-            return (left.flatten(0, 2).mT @ right.flatten(0, 2)).reshape(self.shape)
+            return product(left.flatten(0, 2).mT, right.flatten(0, 2), _TERMS).reshape(self.shape)
         return torch.einsum("ngtp,ngtd->gpd", left, right).reshape(self.shape)
 
     def materialize(self) -> Tensor:
-        return (at_least_float32(self.left).mT @ at_least_float32(self.right)).reshape(self.batch_size, *self.shape)
+        gradients = product(at_least_float32(self.left).mT, at_least_float32(self.right), _TERMS)
+        return gradients.reshape(self.batch_size, *self.shape)
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         if isinstance(other, Rows):

@@ -95,6 +95,24 @@ def factor_norms(rows: Tensor) -> Tensor:
     return row_norms(widest(rows))
 
 
+def product(left: Tensor, right: Tensor, terms: int) -> Tensor:
+    """``left @ right``, of which no element loses what it should have, however many terms it is a sum of.
+
+    A matrix product adds them up one after the other: in float32 on a CPU, ``2**20`` of random numbers are off by 2e-5.
+
+    Args:
+        left: shape ``(*, n, K)``.
+        right: shape ``(*, K, m)``.
+        terms: how many are added up at once: the fewer, the smaller the error, and the more the time.
+    """
+    length = left.shape[-1]
+    if length <= terms:
+        return left @ right
+    half = -(-length // 2 // terms) * terms
+    first = product(left[..., :half], right[..., :half, :], terms)
+    return first.add_(product(left[..., half:], right[..., half:, :], terms))
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast, also in a backward that is called under it."""
     if torch.is_autocast_enabled(device.type):
@@ -163,7 +181,9 @@ def _settings() -> Iterator[_Setting]:
             get = get or partial(getattr, module, "fp32_precision")
             # Of products, torch takes the settings of one device for those of others.
             concerns = "" if operation == "matmul" else device
-            yield _Setting(device, operation, get, partial(setattr, module, "fp32_precision"), ("ieee", "none"), concerns)
+            yield _Setting(
+                device, operation, get, partial(setattr, module, "fp32_precision"), ("ieee", "none"), concerns
+            )
         elif operation == "matmul":  # torch before 2.9
             get, set_ = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
             yield _Setting(device, operation, get, set_, ("highest",), "")

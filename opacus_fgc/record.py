@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Record:
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
         self._sums: dict[Any, Tensor] = {}
-        self._summed: Collection[Any] | None = None
+        self._summed: set[Any] | None = None
         self._coef: Tensor | None = None
 
     def again(self, params: Iterable[Any], coef: Tensor | None) -> Record:
@@ -77,10 +77,15 @@ class Record:
         other = Record(self.loss_reduction)
         other._summed, other._coef = set(params), coef
         other._kept, other._sums, other.samples = self._kept, self._sums, self.samples
+        other.batch_size = self.batch_size
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.rows_known = self.batch_size_seen, self.rows_known
         other.expectations, other.step = self.expectations, self.step
         return other
+
+    def wants(self, params: Iterable[Any]) -> bool:
+        """Whether anything is to be computed of one of these parameters."""
+        return self._summed is None or not self._summed.isdisjoint(params)
 
     @property
     def receiving(self) -> bool:

@@ -47,7 +47,7 @@ def bilinear(layer: nn.Bilinear, activations: list[Tensor], backprops: Tensor) -
     forms = _bias(layer, left)
     if layer.weight.requires_grad:
         # Products of half precision would be rounded.
-        first, second = (at_least_float32(as_positions(side).to(left.dtype)).conj() for side in activations)
+        first, second = (at_least_float32(as_positions(side).to(left.dtype)) for side in activations)
         products = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(3)
         forms[layer.weight] = Outer(left, products, layer.weight.shape)
     return forms
