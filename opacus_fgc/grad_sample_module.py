@@ -262,8 +262,8 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         coef = self.clipping.coefficients(self.get_norm_sample())
         if self.record is not None and self.record.in_half:
             raise NotImplementedError(
-                "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what is "
-                "clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
+                "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
+                "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
                 "DPLossFastGradientClipping; or train in float32"
             )
         self._second_pass = {}

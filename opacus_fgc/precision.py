@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-
 # The dtypes whose rounding is not small against a privacy guarantee, and what takes their place.
 _WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
@@ -176,20 +175,21 @@ def _settings() -> Iterator[_Setting]:
     for (device, operation), module in modules.items():
         if hasattr(module, "fp32_precision"):
             # What the attribute asks, by a way that takes a tenth of the time.
-            ask = getattr(torch._C, "_get_fp32_precision_getter", None)
-            get = partial(ask, module.backend, operation) if ask and hasattr(module, "backend") else None
-            get = get or partial(getattr, module, "fp32_precision")
+            ask, backend = getattr(torch._C, "_get_fp32_precision_getter", None), getattr(module, "backend", None)
+            get: Any = (
+                partial(ask, backend, operation) if ask and backend else partial(getattr, module, "fp32_precision")
+            )
             # Of products, torch takes the settings of one device for those of others.
             concerns = "" if operation == "matmul" else device
             yield _Setting(
                 device, operation, get, partial(setattr, module, "fp32_precision"), ("ieee", "none"), concerns
             )
         elif operation == "matmul":  # torch before 2.9
-            get, set_ = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
-            yield _Setting(device, operation, get, set_, ("highest",), "")
+            get, put = torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+            yield _Setting(device, operation, get, put, ("highest",), "")
         elif device == "cuda":
-            get, set_ = partial(getattr, backends.cudnn, "allow_tf32"), partial(setattr, backends.cudnn, "allow_tf32")
-            yield _Setting(device, operation, get, set_, (False,), device)
+            get, put = partial(getattr, backends.cudnn, "allow_tf32"), partial(setattr, backends.cudnn, "allow_tf32")
+            yield _Setting(device, operation, get, put, (False,), device)
 
 
 _SETTINGS = tuple(_settings())
