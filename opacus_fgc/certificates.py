@@ -28,6 +28,9 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 EXPONENTS = tuple(exponent for exponent in range(-12, 13) if exponent)
 """Of the powers of two that losses are weighted with."""
 
+FEW_EXPONENTS = (1, 2, 3)
+"""The same for float16, most of whose range backprops need for themselves."""
+
 _CHUNK = 2**16
 
 
@@ -161,25 +164,23 @@ class Backprops:
 
     def see(self, call: Any, backprops: Sequence[Tensor]) -> None:
         """Notes the backprops of the outputs of one call."""
+        self.half |= call.autocast == (True, torch.float16)
         self.half |= any(backprop.dtype is torch.float16 for backprop in backprops)
         for place, backprop in enumerate(backprops):
             if backprop.dim() > call.batch_axis:
                 self.sketches[Output(call.key, place)] = sketch(backprop, call.batch_axis)
 
 
-def weights(size: int, draws: int, generator: random.Random) -> list[Tensor]:
+def weights(size: int, draws: int, generator: random.Random, exponents: Sequence[int] = EXPONENTS) -> list[Tensor]:
     """Powers of two, one for each sample, float64 of shape ``(N,)`` each; so many draws of them.
 
     Several draws are digits: as long as they can, they give no two samples the same ones.
     """
-    base = len(EXPONENTS)
+    base = len(exponents)
     # Distinct numbers, whose digits are the exponents.
-    numbers = (
-        generator.sample(range(base**draws), size)
-        if size <= base**draws
-        else [generator.randrange(base**draws) for _ in range(size)]
-    )
-    digits = [[EXPONENTS[number // base**draw % base] for number in numbers] for draw in range(draws)]
+    numbers = generator.sample(range(base**draws), min(size, base**draws))
+    numbers += [generator.randrange(base**draws) for _ in range(size - len(numbers))]
+    digits = [[exponents[number // base**draw % base] for number in numbers] for draw in range(draws)]
     return [torch.tensor([2.0**exponent for exponent in of_draw], dtype=torch.float64) for of_draw in digits]
 
 
@@ -193,13 +194,17 @@ Pass = Callable[[Tensor], Backprops]
 
 
 def check_owners(
-    size: int, draws: list[Tensor], run: Pass, describe: Callable[[Any], str], on_all_ranks: Callable[[bool], bool]
+    size: int,
+    draw: Callable[[Sequence[int]], list[Tensor]],
+    run: Pass,
+    describe: Callable[[Any], str],
+    on_all_ranks: Callable[[bool], bool],
 ) -> None:
     """Proves that each row that a tap sees belongs to the sample that it is taken for, and to no other.
 
     Args:
         size: number of samples.
-        draws: weights; see `weights`.
+        draw: gives weights with some exponents; see `weights`.
         run: runs a backward pass.
         describe: what to call a call's layer in errors.
         on_all_ranks: whether something holds on all ranks that have to run as many passes as each other.
@@ -210,12 +215,16 @@ def check_owners(
     """
     ones = torch.ones(size, dtype=torch.float64)
     plain = run(ones)
-    weighted = [run(draw) for draw in draws]
+    draws = draw(FEW_EXPONENTS if plain.half else EXPONENTS)
+    weighted = [run(weights) for weights in draws]
     suspects = _wrong_rows(size, draws, plain, weighted, None)
     if on_all_ranks(not suspects):
         return
     # Kernels that are not deterministic, and numbers too small to be rounded as others are, do not tell.
-    noise = [_noise(plain, run(ones)), *(_noise(one, run(draw)) for one, draw in zip(weighted, draws, strict=True))]
+    noise = [
+        _noise(plain, run(ones)),
+        *(_noise(one, run(weights)) for one, weights in zip(weighted, draws, strict=True)),
+    ]
     suspects = _wrong_rows(size, draws, plain, weighted, noise)
     doubled = run(8 * ones)
     error = _owner_error(size, draws, plain, weighted, doubled, suspects[0], describe) if suspects else None
@@ -293,9 +302,10 @@ _SMALLEST = 2.0**-100
 
 
 def _beyond(difference: Tensor, scale: Tensor, half: bool) -> Tensor:
-    """In which rows a difference is more than rounding where numbers are too small, or half precision."""
+    """In which rows a difference is more than rounding where numbers are too small, or float16."""
     size = scale[:, 2:].nan_to_num()
-    tolerance = size * 2.0**-4 if half else torch.zeros_like(size)
+    # Much of what float16 has to hold lies below its smallest normal number.
+    tolerance = (size * 2.0**-3).clamp(min=2.0**-10) if half else torch.zeros_like(size)
     return (difference.nan_to_num().abs() > tolerance + _SMALLEST).any(1)
 
 

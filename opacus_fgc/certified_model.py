@@ -62,6 +62,8 @@ class CertifiedModel(TappedModel):
             seed = secrets.token_bytes(16)
             self._choices = random.Random(self.layout.common(seed) if self.layout.forward_communicates else seed)
 
+        choices = self._choices
+
         def backward(weights: Tensor) -> Backprops:
             self._witness = witness = Backprops()
             try:
@@ -73,7 +75,7 @@ class CertifiedModel(TappedModel):
 
         check_owners(
             size,
-            weights(size, draws, self._choices),
+            lambda exponents: weights(size, draws, choices, exponents),
             backward,
             lambda key: self._tapped(key.layer).name,
             self.layout.on_all_ranks,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc.axes import local
+from opacus_fgc.precision import at_least_float32
 
 
 @dataclass
@@ -35,7 +36,7 @@ class ClippedSum:
             )
 
     def add(self, gradients: Iterable[tuple[Any, Tensor | None]], norms: Tensor, max_grad_norm: float) -> None:
-        """Adds one backward pass.
+        """Adds one backward pass, in float32 for parameters in half precision.
 
         Args:
             gradients: for each trainable parameter ``sum_n coef[n] * gradient[n]``, None for 0.
@@ -48,8 +49,10 @@ class ClippedSum:
                 gradient = torch.zeros_like(param)
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
+            # In half precision, one more sample would move a large sum by a step of that sum, or not at all.
+            gradient = at_least_float32(gradient)
             part = local(gradient)
-            if part.dtype is torch.float16 and not torch.isfinite(part).all():
+            if param.dtype is torch.float16 and not torch.isfinite(part.half()).all():
                 raise ValueError(
                     "the clipped sum overflows in float16; take a smaller max_grad_norm, or float32 parameters under autocast"
                 )

@@ -13,7 +13,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from opacus_fgc.per_sample import Dense, Measured, Outer, PerSampleGradient, Squares, SumOverPositions, add
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-from opacus_fgc.precision import at_least_float32, without_float16
+from opacus_fgc.precision import at_least_float32, row_norms
 
 # Where the kernel sees fewer elements than this, one product of patches is faster than many small ones of shifted images.
 _FEW_SEEN = 64
@@ -44,7 +44,7 @@ class KernelMajor(Dense):
         return self.products.movedim(0, 2).reshape(self.batch_size, *self.shape)
 
     def norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self.products, dim=(0, 2))
+        return row_norms(row_norms(self.products).mT)
 
     def select(self, samples: slice | Tensor) -> KernelMajor:
         return KernelMajor(self.products[:, samples], self.shape)
@@ -180,11 +180,17 @@ class Convolution(SumOverPositions):
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         if self.batch_size == 0:
-            return self.backprops.new_zeros(self.shape)
-        images, backprops = without_float16(self.images), without_float16(self.backprops)
+            return at_least_float32(self.backprops).new_zeros(self.shape)
+        if self.backprops.is_complex():
+            # The kernels of weight gradients are of real numbers.
+            return self._as_outer().weighted_sum(coef)
+        images, backprops = at_least_float32(self.images), at_least_float32(self.backprops)
         coef = coef.to(backprops.dtype).view(-1, *[1] * (backprops.dim() - 1))
         kernel = _WEIGHT_GRADIENTS[len(self._stride)]
         return kernel(images, self.shape, coef * backprops, self._stride, self._padding, self._dilation, self._groups)
+
+    def norm_of_terms(self) -> Tensor:
+        return self._as_outer().norm_of_terms()
 
     def materialize(self) -> Tensor:
         return self.formed().materialize()

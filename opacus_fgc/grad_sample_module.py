@@ -25,7 +25,7 @@ from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import NOTHING, Budget, Keep
-from opacus_fgc.precision import full_precision
+from opacus_fgc.precision import full_precision, is_half, reduced_operations, row_norms
 from opacus_fgc.record import Record, Step
 from opacus_fgc.shards import View, view
 from opacus_fgc.tapped_model import Tapped
@@ -171,6 +171,8 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
     def _measure(self, module: Any, uses: Sequence[Use]) -> None:
         assert self.record is not None
         layer = self._tapped(module)
+        if not self.record.wants(layer.params.values()):
+            return
         self._plan.lap()
         try:
             with full_precision(uses[0].backprops[0].device):
@@ -234,21 +236,28 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             RuntimeError: if there was no backward through the taps.
         """
         if self.record is not None:
-            for module, uses in self.record.unfinished():
-                if self.layout.reshards:
-                    self.record = None
-                    raise NotImplementedError(
-                        f"{self._tapped(module).name} was called more often than the loss depends on it, and under FSDP its "
-                        "parameters are gone when that is known. Run forwards that are not part of the loss under "
-                        "torch.no_grad(), and call backward() for each forward before the next"
-                    )
-                self._measure(module, uses)
+            self._measure_unfinished()
             norms = self.layout.whole_norms(self.record.norms(self.trainable_parameters), self.record.marks)
             for param, norm in norms.items():
                 param._norm_sample = norm
         if any(getattr(param, "_norm_sample", None) is None for param in self.trainable_parameters):
             raise RuntimeError("no per-sample norms: run forward and backward on the wrapped model first")
-        return super().get_norm_sample()
+        norms_of_params = [param._norm_sample for param in self.trainable_parameters]
+        device = norms_of_params[0].device if norms_of_params else None
+        self.per_sample_gradient_norms = row_norms(torch.stack([norm.to(device) for norm in norms_of_params], 1))
+        return self.per_sample_gradient_norms
+
+    def _measure_unfinished(self) -> None:
+        assert self.record is not None
+        for module, uses in self.record.unfinished():
+            if self.layout.reshards:
+                self.record = None
+                raise NotImplementedError(
+                    f"{self._tapped(module).name} was called more often than the loss depends on it, and under FSDP its "
+                    "parameters are gone when that is known. Run forwards that are not part of the loss under "
+                    "torch.no_grad(), and call backward() for each forward before the next"
+                )
+            self._measure(module, uses)
 
     def get_clipping_coef(self) -> Tensor:
         """The factor that clips each sample's gradient to ``max_grad_norm``, shape ``(N,)``.
@@ -259,7 +268,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         Raises:
             RuntimeError: if there was no backward through the taps.
             ValueError: if a norm is inf or NaN.
-            NotImplementedError: under FSDP and tensor parallel.
+            NotImplementedError: under FSDP and tensor parallel, in half precision and under autocast.
         """
         if self.layout.forward_communicates:
             raise NotImplementedError(
@@ -267,6 +276,12 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 "DPLossFastGradientClipping"
             )
         coef = self.clipping.coefficients(self.get_norm_sample())
+        if self.record is not None and self.record.in_half:
+            raise NotImplementedError(
+                "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
+                "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
+                "DPLossFastGradientClipping; or train in float32"
+            )
         self._second_pass = {}
         return ClippingCoefficients.of(coef, self._check_by_hand)
 
@@ -284,8 +299,9 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         if self.certify(losses, reached, record, 1.0):
             self.record = record.again()
             self.record.samples_in_loss = len(losses)
-            with self.hooks_set(True):
-                again = self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
+            with self.hooks_set(True), self._nothing_left_of_errors():
+                self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
+                again = self.get_norm_sample()
             self.record, self.per_sample_gradient_norms = record, norms
             if not torch.allclose(again, norms.to(again), rtol=1e-2):
                 raise ValueError(
@@ -329,7 +345,9 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         record.samples_in_loss = len(loss_per_sample)
         self.certify(loss_per_sample, reached, record, loss_scale)
         record.step, record.loss_scale = Step(retain_graph), loss_scale
-        norms = self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
+        with self._nothing_left_of_errors():
+            self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
+            norms = self.get_norm_sample()
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
                 f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
@@ -342,12 +360,15 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         with _pass_of(self):
             torch.autograd.grad(loss, self._anchor, retain_graph=retain_graph, allow_unused=True)
 
-    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep, retain_graph: bool) -> Tensor:
+    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep, retain_graph: bool) -> None:
         record.loss_reduction, record.budget = "sum", Budget(keep)
         record.looking = not _is_finite([loss_per_sample])
+        self._backward_to_taps(record.loss_scale * loss_per_sample.sum(), retain_graph or not keep.everything)
+
+    @contextmanager
+    def _nothing_left_of_errors(self) -> Iterator[None]:
         try:
-            self._backward_to_taps(record.loss_scale * loss_per_sample.sum(), retain_graph or not keep.everything)
-            return self.get_norm_sample()
+            yield
         except BaseException:
             # Half a pass is of no use to any other, and holds activations.
             self.record = None
@@ -509,32 +530,54 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         """``sum_n coef[n] * gradient[n]`` for each trainable parameter, after `first_pass`.
 
         It comes from what the first pass kept, and for the other parameters from a second pass: the gradient of
-        ``sum_n coef[n] * loss[n]``, since the coefficients are constants.
+        ``sum_n coef[n] * loss[n]``, since the coefficients are constants. Where that pass would round otherwise than the first
+        did, by more than float32 does, there is a second pass to the taps instead, whose backprops are those of the first.
 
         Args:
             coef: shape ``(N,)``.
             loss_per_sample: the loss of the first pass, shape ``(N,)``.
 
         Yields:
-            The parameter, and the sum in its shape and dtype; None for a parameter that the loss does not use.
+            The parameter, and the sum in its shape, float32 or wider; None for a parameter that the loss does not use.
         """
         assert self.record is not None
         retain_graph = self.record.step is not None and self.record.step.graph_is_retained
         rest = self.layout.of_any(self.record.unkept)
-        if rest and not self.layout.on_all_ranks(self.record.samples is None):
-            # In a second pass inf and NaN would go through all that coefficients can do.
-            samples, self.record = self.record.samples, self.record.again()
-            self._pass_to_taps(self.record, loss_per_sample, Keep(everything=True), retain_graph)
-            self.record.samples, rest = samples, []
-        later = set(rest)
         self._plan.lap()
+        if rest and not self.layout.on_all_ranks(self._weighs_exactly(loss_per_sample)):
+            self._sum_in_taps(rest, coef, loss_per_sample, retain_graph)
+            self._plan.second_pass(rest)
+            rest = []
+        later = set(rest)
         yield from self.layout.as_parameters(self._kept_sums(later, coef))
         if rest:
             with self.hooks_set(False), _pass_of(self):
-                weighted = self.record.loss_scale * (coef.to(loss_per_sample) * loss_per_sample).sum()
+                weighted = self.record.loss_scale * (coef.to(loss_per_sample.device) * loss_per_sample).sum()
                 gradients = self.layout.second_pass(weighted, rest, self._unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._plan.second_pass(rest)
+
+    def _weighs_exactly(self, loss_per_sample: Tensor) -> bool:
+        """Whether the gradient of the weighted loss is, but for roundings of float32, the weighted sum of what was measured."""
+        assert self.record is not None
+        if self.record.samples is not None or self.record.in_half or is_half(loss_per_sample):
+            # Inf and NaN of a sample that is dropped would go through all that coefficients can do.
+            return False
+        reduced = reduced_operations(loss_per_sample.device)
+        convolves = "conv" in reduced and any(param.dim() > 2 for param in self._module.parameters())
+        return "matmul" not in reduced and not convolves
+
+    def _sum_in_taps(self, params: Sequence[Any], coef: Tensor, loss_per_sample: Tensor, retain_graph: bool) -> None:
+        """One more pass to the taps, in which gradients are summed as they come; see `Record.summing`."""
+        assert self.record is not None
+        first = self.record
+        # Under FSDP, sums of whole parameters take more than what they are made of.
+        self.record = again = first.summing(params, None if self.layout.reshards else coef)
+        with self._nothing_left_of_errors():
+            self._pass_to_taps(again, loss_per_sample, Keep(everything=True), retain_graph)
+            self._measure_unfinished()
+            again.norms([])
+        self.record = first
 
     def _kept_sums(self, later: Container[Any], coef: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
         assert self.record is not None
@@ -584,6 +627,31 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         for param in self._module.parameters():
             if hasattr(param, "summed_grad"):
                 del param.summed_grad
+
+
+_passing: GradSampleHooksFastGradientClipping | None = None  # whose private loss is on its way back
+
+
+@contextmanager
+def _pass_of(model: GradSampleHooksFastGradientClipping) -> Iterator[None]:
+    """A context for backward passes of a model's private loss; those of other models take no notice."""
+    global _passing
+    before, _passing = _passing, model
+    try:
+        yield
+    finally:
+        _passing = before
+
+
+def _has_hooks(param: Any) -> bool:
+    """Whether a parameter has gradient hooks besides those of wrapped models."""
+    ours = GradSampleHooksFastGradientClipping._collect_second_pass
+    others = [
+        hook
+        for hook in (param._backward_hooks or {}).values()
+        if getattr(getattr(hook, "func", None), "__func__", None) is not ours
+    ]
+    return bool(others) or bool(getattr(param, "_post_accumulate_grad_hooks", None))
 
 
 _passing: GradSampleHooksFastGradientClipping | None = None  # whose private loss is on its way back

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opacus_fgc.axes import Axis, cut_rows, groups, is_cut, like, local
 from opacus_fgc.checks import describe
+from opacus_fgc.precision import widened
 from opacus_fgc.sums import AddNoise, NoisySum, ScatteredSum, buckets, one_ahead
 from opacus_fgc.taps import tensors_in
 
@@ -301,7 +302,7 @@ class Layout:
         for axis, placement in zip(self.axes, param.placements, strict=False):
             if not axis.data and not placement.is_replicate():
                 shape[placement.dim] = len(cut_rows(shape[placement.dim], axis))
-        return torch.zeros(shape, dtype=param.dtype, device=self._device)
+        return torch.zeros(shape, dtype=widened(param.dtype), device=self._device)
 
     def second_pass(
         self, loss: Tensor, params: Sequence[Any], seen: Callable[[Any], Tensor], retain_graph: bool = False

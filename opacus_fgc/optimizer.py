@@ -192,8 +192,10 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
 
         Args:
             values: what is to be released, of any shape.
-            std: standard deviation of the noise.
+            std: standard deviation of the noise, on each of the two parts of a complex number.
         """
+        if values.is_complex():
+            return torch.view_as_complex(self.with_noise(torch.view_as_real(values.resolve_conj()), std))
         if isinstance(self.generator, SecureGenerator):
             return self.generator.add_normal(values, std)
         return values + _generate_noise(std=std, reference=values, generator=self.generator)
@@ -231,7 +233,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             self._drop_clipped_sum()
             raise refused
         for param, gradient in self.module.layout.released(self.params, partial(self.with_noise, std=std)):
-            param.grad = gradient
+            param.grad = gradient.to(param.dtype)
             _mark_as_processed(param.summed_grad)
 
     def scale_grad(self) -> None:

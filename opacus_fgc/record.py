@@ -12,7 +12,7 @@ from opacus_fgc.axes import local
 from opacus_fgc.certificates import PADDING, TOKENS
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
-from opacus_fgc.precision import at_least_float32, full_precision, without_autocast
+from opacus_fgc.precision import full_precision, is_half, widened
 from opacus_fgc.taps import Interleave, Use
 
 
@@ -59,6 +59,7 @@ class Record:
         samples: a mask of the samples that take part in `weighted_sum`, shape ``(N,)``; None if all do.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
+        in_half: whether a layer computed in half precision, or under autocast.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
@@ -79,6 +80,7 @@ class Record:
         self.samples: Tensor | None = None
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
+        self.in_half = False
         self.looking = False
         self.first_not_finite = ""
         self._expected: dict[Any, int] = {}
@@ -87,6 +89,9 @@ class Record:
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
+        self._sums: dict[Any, Tensor] = {}
+        self._summed: set[Any] | None = None
+        self._coef: Tensor | None = None
 
     def again(self) -> Record:
         """A record of one more backward pass of the same forward."""
@@ -96,6 +101,23 @@ class Record:
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
         other.expectations, other.step, other.brought = self.expectations, self.step, self.brought
         return other
+
+    def summing(self, params: Iterable[Any], coef: Tensor | None) -> Record:
+        """A record of one more backward pass of the same forward, which gives this one what `weighted_sum` is made of.
+
+        Args:
+            params: the parameters whose sums are wanted.
+            coef: the coefficients, by which gradients are summed as they come, shape ``(N,)``; None to keep their forms.
+        """
+        other = self.again()
+        other._summed, other._coef = set(params), coef
+        other._kept, other._sums, other.samples = self._kept, self._sums, self.samples
+        other.batch_size = self.batch_size
+        return other
+
+    def wants(self, params: Iterable[Any]) -> bool:
+        """Whether anything is to be computed of one of these parameters."""
+        return self._summed is None or not self._summed.isdisjoint(params)
 
     @property
     def receiving(self) -> bool:
@@ -151,7 +173,8 @@ class Record:
             ValueError: if the layer saw another number of samples than the layers before it.
             RuntimeError: if a parameter's norm was taken already.
         """
-        complete = {}
+        complete: dict[Any, Measured | None] = {}
+        self.in_half = self.in_half or _in_half(forms, uses)
         held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
         held += sum(local(param).numel() for param in forms)
         room = self.budget.room(held, len(uses), spared=not self.unkept)
@@ -178,7 +201,7 @@ class Record:
             received.append(form)
             if len(received) == owners:
                 complete[param] = self._measure(param, add(self._forms.pop(param)), room)
-        return complete
+        return {param: measured for param, measured in complete.items() if measured is not None}
 
     def _by_sample(self, form: PerSampleGradient) -> PerSampleGradient:
         """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
@@ -207,15 +230,19 @@ class Record:
                 self._measure(param, add(forms), Room(everything=self.budget.keep.everything))
         missing = [param for param in params if param not in self._norms]
         for param in missing:
-            zeros = torch.zeros(self.batch_size, dtype=param.dtype, device=param.device)
-            self._norms[param] = at_least_float32(zeros)
+            dtype = widened(param.dtype).to_real()
+            self._norms[param] = torch.zeros(self.batch_size, dtype=dtype, device=param.device)
         return self._norms
 
     def measured(self) -> Iterable[tuple[Any, Tensor]]:
         """Each parameter and its norms, in the order in which backward came to them."""
         return self._norms.items()
 
-    def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured:
+    def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured | None:
+        if self._summed is not None:
+            if param in self._summed:
+                self._take(param, form)
+            return None
         measured = form.measured(room)
         factor = (len(measured.norm) if self.loss_reduction == "mean" else 1) / self.loss_scale
         if factor != 1:
@@ -229,18 +256,37 @@ class Record:
                 self.budget.spend(measured.kept.elements)
         return measured
 
+    def _take(self, param: Any, form: PerSampleGradient) -> None:
+        if self._coef is None:
+            self._kept[param] = form
+        else:
+            self._sums[param] = self._weighted(param, form, self._coef)
+
     def weighted_sum(self, param: Any, coef: Tensor) -> Tensor | None:
         """``sum_n coef[n] * gradient[n]`` from the kept form of a parameter, which is given up; None if there is none.
 
         Args:
             param: the parameter.
             coef: shape ``(N,)``.
+
+        Returns:
+            The sum, of the parameter's dtype, or float32 where that is half precision.
         """
+        if param in self._sums:
+            return self._sums.pop(param)
         form = self._kept.pop(param, None)
-        if form is None:
-            return None
+        return None if form is None else self._weighted(param, form, coef)
+
+    def _weighted(self, param: Any, form: PerSampleGradient, coef: Tensor) -> Tensor:
         if self.samples is not None:
             coef, form = coef[self.samples], form.select(self.samples.to(param.device))
-        with without_autocast(param.device):
+        with full_precision(param.device):
             weighted_sum = form.weighted_sum(coef.to(param.device))
-        return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(param.dtype)
+        return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(widened(param.dtype))
+
+
+def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:
+    for use in uses:
+        if use.call.autocast[0] or any(map(is_half, use.backprops)):
+            return True
+    return any(map(is_half, params))

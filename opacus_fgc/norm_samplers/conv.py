@@ -42,7 +42,7 @@ def convolution(layer: Conv, activations: list[Tensor], backprops: Tensor) -> Fo
     refuse_unbatched(backprops, 2 + len(layer.kernel_size))
     forms: Forms = {}
     if layer.weight.requires_grad:
-        images, padding = _with_plain_padding(layer, activations[0].to(backprops.dtype))
+        images, padding = _with_plain_padding(layer, activations[0].to(backprops.dtype).conj())
         forms[layer.weight] = Convolution(
             images, backprops, layer.weight.shape, layer.stride, padding, layer.dilation, layer.groups
         )
@@ -57,7 +57,7 @@ def transposed_convolution(layer: ConvTranspose, activations: list[Tensor], back
     refuse_unbatched(backprops, 2 + len(layer.kernel_size))
     forms: Forms = {}
     if layer.weight.requires_grad:
-        positions, images = activations[0].to(backprops.dtype), backprops
+        positions, images = activations[0].to(backprops.dtype).conj(), backprops
         padding = [int(side) for side in layer.padding]
         pads: list[int] = []
         for axis, before in enumerate(padding):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from opacus_fgc.norm_samplers.registry import Forms, register_norm_sampler
 from opacus_fgc.per_sample import Rows
+from opacus_fgc.precision import at_least_float32
 
 
 def _refuse_mixing(layer: nn.Embedding | nn.EmbeddingBag) -> None:
@@ -57,6 +58,7 @@ def embedding_bag(layer: nn.EmbeddingBag, activations: list[Tensor], backprops: 
     if layer.mode == "max":
         raise NotImplementedError("an EmbeddingBag in mode 'max' is not supported; use 'sum' or 'mean'")
     index, weights = _bags(layer, activations, len(backprops))
+    backprops = at_least_float32(backprops)  # since products of half precision would be rounded
     weights = weights.to(backprops.dtype)
     if layer.padding_idx is not None:
         weights = weights.masked_fill(index == layer.padding_idx, 0)

@@ -26,7 +26,7 @@ def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Fo
     left = as_positions(backprops)
     forms = _bias(layer, left)
     if layer.weight.requires_grad:
-        forms[layer.weight] = Outer(left, as_positions(activations[0]).to(left.dtype), layer.weight.shape)
+        forms[layer.weight] = Outer(left, as_positions(activations[0]).to(left.dtype).conj(), layer.weight.shape)
     return forms
 
 
@@ -36,7 +36,7 @@ def matrix(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
     right = as_positions(backprops)
     forms = _bias(layer, right)
     if layer.weight.requires_grad:
-        forms[layer.weight] = Outer(as_positions(activations[0]).to(right.dtype), right, layer.weight.shape)
+        forms[layer.weight] = Outer(as_positions(activations[0]).to(right.dtype).conj(), right, layer.weight.shape)
     return forms
 
 
@@ -46,7 +46,8 @@ def bilinear(layer: nn.Bilinear, activations: list[Tensor], backprops: Tensor) -
     left = as_positions(backprops)
     forms = _bias(layer, left)
     if layer.weight.requires_grad:
-        first, second = (as_positions(side).to(left.dtype) for side in activations)
+        # Products of half precision would be rounded.
+        first, second = (at_least_float32(as_positions(side).to(left.dtype)) for side in activations)
         products = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(3)
         forms[layer.weight] = Outer(left, products, layer.weight.shape)
     return forms

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,10 +46,22 @@ def layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor
     return _of_last_axes(layer, normalized, backprops)
 
 
+@cache
+def _default_eps(dtype: torch.dtype, device: torch.device) -> float:
+    """The ``eps`` of an RMSNorm that has none: that of the input's dtype, or of the float32 that torch may compute it in."""
+    one = 2.0**-7
+    normalized = F.rms_norm(torch.full((1,), one, dtype=dtype, device=device), (1,)).item()
+    own = torch.finfo(dtype).eps
+    # It is 1 / sqrt(1 + eps / one^2): nearly 1 with that of float32, below 1/2 with that of half precision.
+    return own if normalized < 0.9 else min(own, torch.finfo(torch.float32).eps)
+
+
 @register_norm_sampler(nn.RMSNorm)
 def rms_norm(layer: nn.RMSNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
     """As `layer_norm`, without centering."""
-    normalized = F.rms_norm(at_least_float32(activations[0]), layer.normalized_shape, eps=layer.eps)
+    inputs = activations[0]
+    eps = _default_eps(inputs.dtype, inputs.device) if layer.eps is None else layer.eps
+    normalized = F.rms_norm(at_least_float32(inputs), layer.normalized_shape, eps=eps)
     return _of_last_axes(layer, normalized, backprops)
 
 
