@@ -428,6 +428,8 @@ def _check_arguments(
     check_noise_multiplier(noise_multiplier)
     clipping.gradient_noise_multiplier(noise_multiplier)
     check_loss_reduction(loss_reduction)
+    # It gives up what FSDP left whole after an evaluation, which stands in the place of parameters, and changes no value.
+    layout = Layout(module)
     if criterion is not None:
         check_criterion(criterion, loss_reduction, list(module.parameters()))
     check_step(optimizer)
@@ -446,6 +448,5 @@ def _check_arguments(
             f"Module parameters are different than optimizer Parameters: {len(strangers)} of the optimizer's are not the "
             f"model's (shapes {shapes}). Make the optimizer from the parameters of the model as it is now"
         )
-    layout = Layout(module)
     if not poisson_sampling:
         check_parts(data_loader, layout)
