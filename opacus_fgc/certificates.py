@@ -8,6 +8,7 @@ computed for the others changes. That is what neighbouring data sets are.
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import warnings
@@ -16,10 +17,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from opacus_fgc.model_state import ModelState
+from opacus_fgc.precision import full_precision
 from opacus_fgc.samples import Replacement
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -31,26 +33,44 @@ EXPONENTS = tuple(exponent for exponent in range(-12, 13) if exponent)
 FEW_EXPONENTS = (1, 2, 3)
 """The same for float16, most of whose range backprops need for themselves."""
 
-_CHUNK = 2**16
+_CHUNK = 2**18
 
 
 def sketch(value: Tensor, axis: int) -> Tensor:
-    """Three numbers that tell each row of a tensor from others, float64 of shape ``(rows, 3)``: two weighted sums, and one of sizes.
+    """Three numbers that tell each row of a tensor from others, shape ``(rows, 3)``: two weighted sums, and one of sizes.
 
-    They are multiplied by a power of two, exactly, if the row is. The same rows of tensors of the same shape have the same ones.
+    They are of the tensor's dtype, float32 at least. They are multiplied by a power of two, exactly, if the row is. The same rows of
+    tensors of the same shape have the same ones.
     """
     if isinstance(value, DTensor):
         value = value.full_tensor()
     rows = value.detach().movedim(axis, 0)
     rows = torch.view_as_real(rows.resolve_conj()) if rows.is_complex() else rows
     rows = rows.reshape(len(rows), math.prod(rows.shape[1:]))
-    size = rows.shape[1]
-    wide = torch.float32 if rows.device.type == "mps" else torch.float64
-    places = torch.arange(1, size + 1, dtype=wide, device=rows.device)
-    # Multiples of irrational numbers are spread evenly, and differ everywhere.
-    weights = torch.stack([(places * ratio).frac() + 0.5 for ratio in ((math.sqrt(5) - 1) / 2, math.sqrt(2) - 1)], 1)
-    parts = [part.to(wide) for part in rows.split(max(1, _CHUNK // max(1, size)))]
-    return torch.cat([torch.cat([part @ weights, part.abs().sum(1, keepdim=True)], 1) for part in parts])
+    if rows.dtype in (torch.float32, torch.float64):
+        return _sums(rows)
+    # Whole numbers may need float64; wide copies are of a part at a time.
+    wide = torch.float32 if rows.is_floating_point() or rows.device.type == "mps" else torch.float64
+    return torch.cat([_sums(part.to(wide)) for part in rows.split(max(1, _CHUNK // max(1, rows.shape[1])))])
+
+
+def _sums(rows: Tensor) -> Tensor:
+    with full_precision(rows.device):
+        sizes = torch.linalg.vector_norm(rows, 1, dim=1, keepdim=True)
+        return torch.cat([rows @ _weights(rows.shape[1], rows.dtype, rows.device), sizes], 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _weights(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Two weights for each place: multiples of irrational numbers, which are spread evenly, and differ everywhere."""
+    places = torch.arange(1, size + 1, dtype=torch.float64)
+    weights = [(places * ratio).frac() + 0.5 for ratio in ((math.sqrt(5) - 1) / 2, math.sqrt(2) - 1)]
+    return torch.stack(weights, 1).to(device, dtype)
+
+
+def forget_weights() -> None:
+    """Gives up what sketches keep from one to the next, which may be as large as a row."""
+    _weights.cache_clear()
 
 
 def _differ(first: Tensor, second: Tensor) -> Tensor:
@@ -133,7 +153,7 @@ class Schedule:
 
     def made(self, size: int, structure: Hashable) -> None:
         """Notes that certificates were made."""
-        self._next = 2 * self.passes
+        self._next = (2 if self.passes < 64 else 4) * self.passes
         if size > 1:
             # A batch of one says nothing of how samples touch each other.
             self._largest = max(self._largest, size)
@@ -381,20 +401,67 @@ class Seen(NamedTuple):
     eps: float = 0.0
 
 
-def look_at(key: Any, name: str, value: Tensor, axes: Sequence[int], samples: Tensor | None = None) -> Seen:
-    """Keeps of a tensor what `check_independence` compares: sketches of rows instead of themselves."""
-    axes = [axis for axis in axes if axis < value.dim()]
-    device = value.device.type
-    dtypes = [value.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]
-    eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0 for dtype in dtypes)
-    return Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples, eps)
+class Observations:
+    """What a forward comes by, in order, as sketches instead of the tensors themselves.
+
+    Args:
+        size: number of samples.
+
+    Attributes:
+        seen: what it came by so far.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.seen: list[Seen] = []
+        self._size = size
+        self._last: Tensor | None = None
+
+    def of(self, outputs: Sequence[Tensor], model: nn.Module) -> Forward:
+        """What the forward came by in all.
+
+        Args:
+            outputs: what the model returned.
+            model: the model, whose state is taken.
+        """
+        for tensor in outputs:
+            axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] == self._size]
+            self.look_at(None, "what the model returns", tensor, axes)
+        return Forward(self.seen, ModelState(model), self._size)
+
+    def look_at(self, key: Any, name: str, value: Tensor, axes: Sequence[int], samples: Tensor | None = None) -> None:
+        """Keeps of a tensor what `check_independence` compares.
+
+        Args:
+            key: the layer that has it; None for what the model returned.
+            name: what to call it.
+            value: the tensor.
+            axes: the axes that may count samples.
+            samples: the samples of its rows, where they are known.
+        """
+        if value is self._last:
+            # Layers that are called on one tensor, as those of queries, keys and values are, come after each other.
+            self.seen.append(self.seen[-1]._replace(key=key, name=name))
+            return
+        self._last = value
+        axes = [axis for axis in axes if axis < value.dim()]
+        device = value.device.type
+        dtypes = [value.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]
+        eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0 for dtype in dtypes)
+        self.seen.append(Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples, eps))
 
 
 class Forward(NamedTuple):
-    """What a forward came by, and the state that it left."""
+    """What a forward came by, and the state that it left.
+
+    Attributes:
+        seen: what it came by.
+        after: the state.
+        size: the number of samples that the axes of what the model returned were chosen by.
+    """
 
     seen: list[Seen]
     after: ModelState
+    size: int
 
 
 Run = Callable[[Replacement | None, ModelState | None], Forward]
@@ -433,6 +500,7 @@ def check_independence(
     run: Run,
     certified: Callable[[Any], bool],
     on_all_ranks: Callable[[bool], bool],
+    recorded: Forward | None = None,
 ) -> None:
     """Proves that nothing that a forward computes for a sample depends on another one.
 
@@ -442,10 +510,15 @@ def check_independence(
         run: runs the forward.
         certified: of which layers the rows count: those that the loss depends on.
         on_all_ranks: whether something holds on all ranks that have to run as many forwards as each other.
+        recorded: what the user's own forward came by. Where that shows no difference, one forward is enough.
 
     Raises:
         NotImplementedError: if something of a sample depends on another, or it cannot be told.
     """
+    if on_all_ranks(recorded is not None):
+        assert recorded is not None
+        if _agree(recorded, tries[0], run, certified, on_all_ranks):
+            return
     first, why = _tried(run, None)
     raise_on_all_ranks(
         NotImplementedError(
@@ -481,6 +554,25 @@ def check_independence(
     _compare_states(name, first, other, run, certified, on_all_ranks)
     if not on_all_ranks(not replacement.masks):
         _compare_masks(first, replacement, run, certified, on_all_ranks)
+
+
+def _agree(
+    recorded: Forward,
+    replacement: Replacement,
+    run: Run,
+    certified: Callable[[Any], bool],
+    on_all_ranks: Callable[[bool], bool],
+) -> bool:
+    """Whether a forward with samples replaced does what the user's own did, to the bit; where not, why is to be seen."""
+    other, _ = _tried(run, replacement)
+    same = (
+        other is not None
+        and not _incomparable(recorded, other, replacement)
+        and not _changed(recorded, other, replacement, certified, None)
+        and not recorded.after.differs_from(other.after)
+        and not replacement.masks
+    )
+    return on_all_ranks(same)
 
 
 def _compare_masks(

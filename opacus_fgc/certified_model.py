@@ -11,10 +11,11 @@ from torch import Tensor
 from opacus_fgc.certificates import (
     Backprops,
     Forward,
+    Observations,
     check_independence,
     check_owners,
     draws_that_tell,
-    look_at,
+    forget_weights,
     replacements,
     weights,
 )
@@ -91,7 +92,9 @@ class CertifiedModel(TappedModel):
                     lambda replacement, state, entrance=entrance: self._run_again(entrance, size, replacement, state),
                     layers.__contains__,
                     self.layout.on_all_ranks,
+                    entrance.forward if entrance.forward is not None and entrance.forward.size == size else None,
                 )
+        forget_weights()
         self.schedule.made(size, structure)
         return True
 
@@ -136,12 +139,9 @@ class CertifiedModel(TappedModel):
                 state.restore()
             random_states.restore()
             inputs = copied(entrance.inputs) if replacement is None else replacement(entrance.inputs)
-            self._seen = seen = []
+            self._seen = observations = Observations(size)
             try:
                 output = self._trial(entrance.module, inputs, size)
             finally:
                 self._seen = None
-            for tensor in tensors_of(output):
-                axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] == size]
-                seen.append(look_at(None, "what the model returns", tensor, axes))
-            return Forward(seen, ModelState(self._module))
+            return observations.of(tensors_of(output), self._module)

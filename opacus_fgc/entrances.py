@@ -56,6 +56,7 @@ class Entrance:
         inputs: positional and keyword arguments.
         modes: which of the modules were training.
         state: the argument.
+        forward: what this call came by, where that was noted.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Entrance:
     ) -> None:
         self.module = module
         self.state = state
+        self.forward: Any = None
         self.inputs = (args, kwargs)
         self.modes = tuple(module.training for module in modules)
         self._modules = modules

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.buffers import Buffers
-from opacus_fgc.certificates import OUT_OF_MEMORY, Schedule, Seen, look_at
+from opacus_fgc.certificates import OUT_OF_MEMORY, Observations, Schedule
 from opacus_fgc.checks import describe, refuse_overlap
 from opacus_fgc.compiled import KeptBuffers
 from opacus_fgc.entrances import Entrance
@@ -98,7 +98,8 @@ class TappedModel(OpacusHooks):
         self._shared_inputs: dict[nn.Module, set[str]] = {}
         self._buffers_before = Buffers(model)
         self._expansions: dict[Any, Expansion] = {}
-        self._seen: list[Seen] | None = None
+        self._seen: Observations | None = None  # in forwards that are only looked at
+        self._noted: Observations | None = None  # in the user's own
         self._samples: Tensor | None = None
         self.layout = Layout(model).prepare()
         self._unsharded = Unsharded(
@@ -253,6 +254,7 @@ class TappedModel(OpacusHooks):
             inputs = self.layout.fingerprint((args, kwargs))
             record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
             self._entrance = Entrance(module, args, kwargs, self._every_module, state)
+            self._noted = None if state is None else Observations(record.batch_size_seen or 0)
         self._outermost = module
         if self._buffers_before.changed(self._module):
             self._buffers_before = Buffers(self._module)
@@ -263,7 +265,9 @@ class TappedModel(OpacusHooks):
         """Forward hook of the same, called also when the forward failed."""
         if self._outermost is module:
             self._ops.leave()
-            self._outermost = self._entrance = None
+            if self._noted is not None and self._entrance is not None and output is not None:
+                self._entrance.forward = self._noted.of(tensors_of(output), self._module)
+            self._outermost = self._entrance = self._noted = None
             if self.record is not None:
                 self.record.changed_buffers |= self._buffers_before.changed(self._module)
 
@@ -435,11 +439,12 @@ class TappedModel(OpacusHooks):
         if not params:
             return output
         if self._seen is not None:
-            values = tensors_in(inputs) or tensors_in(output)
-            self._seen += [look_at(key, layer.name, value, [axis], self._samples) for value in values]
+            self._look_at(self._seen, key, layer, output, inputs, axis)
             return output
         entrance = self._entrance
         if not self._recomputing():
+            if self._noted is not None:
+                self._look_at(self._noted, key, layer, output, inputs, axis)
             self._open_record().expect(key, params)
             if entrance is None and isinstance(key, nn.Module) and self._outermost is None:
                 entrance = Entrance(key, *inputs, self._every_module)
@@ -450,6 +455,12 @@ class TappedModel(OpacusHooks):
             )
         except NotImplementedError as error:
             raise NotImplementedError(f"{layer.name}: {error}") from error
+
+    def _look_at(
+        self, observations: Observations, key: Any, layer: Tapped, output: Any, inputs: Any, axis: int
+    ) -> None:
+        for value in tensors_in(inputs) or tensors_in(output):
+            observations.look_at(key, layer.name, value, [axis], self._samples)
 
     def _tapped(self, key: Any) -> Tapped:
         return self._layers[key] if isinstance(key, nn.Module) else self._operations[key]

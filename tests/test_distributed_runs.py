@@ -553,13 +553,13 @@ class WithOthers(nn.Module):
 
 def mix() -> None:
     torch.manual_seed(dist.get_rank())
-    model, x, y = nn.Sequential(nn.Linear(4, 3), WithOthers()), torch.randn(4, 4), torch.randint(3, (4,))
-    model, _, _, _ = private(ddp(model), x, y)
-    model(x)
+    model, x, y = nn.Sequential(nn.Linear(4, 3), WithOthers()), torch.randn(8, 4), torch.randint(3, (8,))
+    model, _, criterion, _ = private(ddp(model), x, y)
+    criterion(model(x), y).backward()
 
 
 def test_samples_that_are_mixed_over_ranks_are_refused(two):
-    with refused_on_all_ranks(NotImplementedError, "so it mixes samples"):
+    with refused_on_all_ranks(NotImplementedError, "so the model mixes samples"):
         two(mix)
 
 
