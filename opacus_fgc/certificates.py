@@ -12,6 +12,7 @@ import functools
 import math
 import random
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -414,7 +415,7 @@ class Observations:
     def __init__(self, size: int) -> None:
         self.seen: list[Seen] = []
         self._size = size
-        self._last: Tensor | None = None
+        self._last: Callable[[], Tensor | None] = lambda: None
 
     def of(self, outputs: Sequence[Tensor], model: nn.Module) -> Forward:
         """What the forward came by in all.
@@ -438,11 +439,11 @@ class Observations:
             axes: the axes that may count samples.
             samples: the samples of its rows, where they are known.
         """
-        if value is self._last:
+        if value is self._last():
             # Layers that are called on one tensor, as those of queries, keys and values are, come after each other.
             self.seen.append(self.seen[-1]._replace(key=key, name=name))
             return
-        self._last = value
+        self._last = weakref.ref(value)
         axes = [axis for axis in axes if axis < value.dim()]
         device = value.device.type
         dtypes = [value.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]

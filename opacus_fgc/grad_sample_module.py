@@ -342,10 +342,10 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             self.record = self.record.again()
         record = self._open_record()
         self.layout.check_samples(loss_per_sample, record.inputs)
-        record.samples_in_loss = len(loss_per_sample)
-        self.certify(loss_per_sample, reached, record, loss_scale)
-        record.step, record.loss_scale = Step(retain_graph), loss_scale
         with self._nothing_left_of_errors():
+            record.samples_in_loss = len(loss_per_sample)
+            self.certify(loss_per_sample, reached, record, loss_scale)
+            record.step, record.loss_scale = Step(retain_graph), loss_scale
             self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
             norms = self.get_norm_sample()
         if norms.shape != loss_per_sample.shape:
