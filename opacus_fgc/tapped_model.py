@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from opacus_fgc.buffers import Buffers
-from opacus_fgc.checks import describe, refuse_overlap
+from opacus_fgc.checks import describe, refuse_hidden_parameters, refuse_overlap
 from opacus_fgc.independence import (
     OUT_OF_MEMORY,
     Seen,
@@ -29,7 +29,7 @@ from opacus_fgc.independence import (
 )
 from opacus_fgc.layout import Layout
 from opacus_fgc.norm_samplers.functorch import Functorch
-from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
+from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler, holds_only
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record
@@ -91,6 +91,7 @@ class TappedModel(OpacusHooks):
 
     def _prepare(self, model: nn.Module, force_functorch: bool) -> None:
         """Sets what `add_hooks` needs; raises if the model cannot be tapped."""
+        refuse_hidden_parameters(model)
         self.force_functorch = force_functorch
         self._overruled: dict[nn.Module, Sampler | ByOperation] = {}
         self._operations: dict[Any, Tapped] = {}
@@ -168,7 +169,9 @@ class TappedModel(OpacusHooks):
             handles.append(
                 layer.register_forward_hook(plain(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
-        every = self._unsharded.named_parameters(self._module).values()
+        named = self._unsharded.named_parameters(self._module)
+        # As they are between two forwards.
+        every, self._paths = named.values(), {param: path for path, param in named.items()}
         others = {*every, *self._module.buffers()} - watched
         covered = [
             param
@@ -393,6 +396,9 @@ class TappedModel(OpacusHooks):
         if not self._tapping():
             return forward_output
         layer = self._layers[module]
+        # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
+        if not self._holds_its_own(module, layer):
+            return forward_output
         if self._ops.active and layer.sampler.covers_children:
             self._ops.leave_covered((forward_input, forward_kwargs), forward_output)
         # What comes of parameters and constants alone is caught where it meets the data.
@@ -409,15 +415,20 @@ class TappedModel(OpacusHooks):
             module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
         )
 
+    def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
+        if not layer.sampler.covers_children:
+            return holds_only(module, {name: self._unsharded.of(param) for name, param in layer.params.items()})
+        there = dict(module.named_parameters())
+        return all(there.get(name) is self._unsharded.of(param) for name, param in layer.params.items())
+
     def _tap_operation(
         self, output: Tensor, op: Op, sampler: OpSampler, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
     ) -> Tensor:
         params = [self._unsharded.parameter(leaf) for leaf in leaves_of(op.shared.values())]
         key = (op.function.__name__, sampler.name, *map(id, params))
         if key not in self._operations:
-            names = {param: name for name, param in self._unsharded.named_parameters(self._module).items()}
-            path, function = ", ".join(names[param] for param in params), op.function.__name__
-            own = {names[param]: param for param in params}
+            path, function = ", ".join(self._paths[param] for param in params), op.function.__name__
+            own = {self._paths[param]: param for param in params}
             receive = partial(self._receive, key)
             self._operations[key] = Tapped(
                 path, f"operation '{function}' on {path}", f"({function})", sampler, own, receive

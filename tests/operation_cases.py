@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.case import Apply, Case, Square, classes, floats, tokens
 from tests.cases import LAYERS, OfTimeFirst, ScaleByOwn
+from tests.changed_cases import CHANGED
 
 
 class Own(nn.Module):
@@ -410,5 +411,5 @@ OPERATIONS = [
     *attention_cases(),
 ]
 
-CASES = LAYERS + OPERATIONS
+CASES = LAYERS + OPERATIONS + CHANGED
 """All cases."""
