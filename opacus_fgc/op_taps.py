@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import _CheckpointFrame
 
 from opacus_fgc.attention import multi_head_attention
 from opacus_fgc.norm_samplers.functorch import norms_by_sample
@@ -106,6 +108,7 @@ class OpTaps(TorchFunctionMode):
         self._stance: Any = None
         self._batch_sizes: list[int | None] = []
         self._trying = False
+        self._again = False
         self._expansions = expansions
 
     @property
@@ -125,6 +128,8 @@ class OpTaps(TorchFunctionMode):
             batch_size: number of samples, None if it is not known.
             trying: whether it is of no consequence, so that what is not known yet may be guessed.
         """
+        if self._again:
+            return
         self._batch_sizes.append(batch_size)
         self._trying = trying
         if self._compiled:
@@ -134,13 +139,34 @@ class OpTaps(TorchFunctionMode):
 
     def leave(self) -> None:
         """Ends it, if it began."""
-        if self.active:
+        if self.active and not self._again:
             self._batch_sizes.clear()
             # A copy of a model that was interrupted has been entered by none.
             if _get_current_function_mode() is self:
                 self.__exit__(None, None, None)
                 if self._compiled:
                     self._stance.__exit__(None, None, None)
+
+    def _catch_again(self) -> None:
+        """Has operations caught also where activation checkpointing runs again what runs now: it need not be a module."""
+        frame = _checkpointing()
+        if frame is None or isinstance(frame.recompute_fn, _Again):
+            return
+        frame.recompute_fn = _Again(self, self._batch_sizes[0], frame.recompute_fn)
+
+    @contextmanager
+    def again(self, batch_size: int | None) -> Iterator[None]:
+        """A context in which a part of a forward runs again; see `enter`."""
+        if self.active:
+            yield
+            return
+        self.enter(batch_size)
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
+            self.leave()
 
     def add(self, param: Tensor, seen: Tensor) -> None:
         """Treats a tensor as it treats a parameter, in whose place it is."""
@@ -169,6 +195,7 @@ class OpTaps(TorchFunctionMode):
         if not shared:
             output = func(*args, **kwargs)
             return self._mark(output) if func.__name__ in _RANGES else output
+        self._catch_again()
         try:
             if func.__name__ in _EXPANDING:
                 return self._expand(func, args, kwargs)
@@ -329,6 +356,25 @@ class OpTaps(TorchFunctionMode):
         finally:
             self._batch_sizes.pop()
             self._batch_first = batch_first
+
+
+class _Again:
+    """What a checkpoint is to run again, with operations caught."""
+
+    def __init__(self, ops: OpTaps, batch_size: int | None, function: Callable[..., Any]) -> None:
+        self._ops, self._batch_size, self._function = ops, batch_size, function
+
+    def __call__(self, *args: Any) -> None:
+        with self._ops.again(self._batch_size):
+            self._function(*args)
+
+
+def _checkpointing() -> _CheckpointFrame | None:
+    """What the innermost checkpoint knows of itself, in a part of a forward that is to run again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    cells = getattr(hooks[1], "__closure__", None) or () if hooks else ()
+    frames = (cell.cell_contents for cell in cells)
+    return next((frame for frame in frames if isinstance(frame, _CheckpointFrame)), None)
 
 
 def _place() -> tuple[Any, ...]:
