@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from opacus_fgc.buffers import Buffers
 from opacus_fgc.checks import describe, refuse_hidden_parameters, refuse_overlap
+from opacus_fgc.constants import constants_of
 from opacus_fgc.independence import (
     OUT_OF_MEMORY,
     Seen,
@@ -29,7 +30,7 @@ from opacus_fgc.independence import (
 )
 from opacus_fgc.layout import Layout
 from opacus_fgc.norm_samplers.functorch import Functorch
-from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler, holds_only
+from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler, holds_only, with_batch_second
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record
@@ -102,6 +103,8 @@ class TappedModel(OpacusHooks):
         self._buffers_before = Buffers(model)
         self._harmless: set[str] = set()
         self._expansions: dict[Any, Expansion] = {}
+        self._constants = constants_of(model)
+        self._batch_second = with_batch_second(model)
         self._seen: list[Seen] | None = None
         self._samples: Tensor | None = None
         self.layout = Layout(model)
@@ -183,6 +186,7 @@ class TappedModel(OpacusHooks):
         self._ops = OpTaps(
             watched,
             others,
+            self._constants,
             covered,
             self._tap_operation,
             self._observe,
@@ -404,7 +408,8 @@ class TappedModel(OpacusHooks):
         # What comes of parameters and constants alone is caught where it meets the data.
         if self._ops.active and any(map(self._ops.is_shared, tensors_in(forward_output))):
             return forward_output
-        axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
+        batch_first = self.batch_first and module not in self._batch_second
+        axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
         inside = self.record is not None and (self._outermost is not None or self._recomputing())
         size = self.record.batch_size_seen if self.record is not None and inside else None
         if size not in (None, 1) and self._samples is None and _has_one_row(forward_output, axis):

@@ -209,6 +209,20 @@ def _grad_sampler(layer: nn.Module) -> Registered | None:
     return None if function is None else Registered(function, "grad sampler", _dense)
 
 
+def with_batch_second(model: nn.Module) -> set[nn.Module]:
+    """The layers in torch's transformers that get ``(T, N, features)``, whatever the model gets."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)):
+            first = next(iter(module.layers), None)
+        else:
+            first = module
+        if isinstance(first, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            if not first.self_attn.batch_first:
+                found.update(module.modules())
+    return found
+
+
 def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
     """The axis of a layer's inputs and outputs that counts samples.
 
