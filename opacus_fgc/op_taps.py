@@ -39,7 +39,7 @@ _JOINING = frozenset(("cat", "concat", "concatenate", "stack"))
 _EXPANDING = frozenset(("broadcast_to", "expand", "expand_as", "repeat", "repeat_interleave", "tile"))
 # The second tensor is but a pattern for dtype, device or shape.
 _LIKE = frozenset(("to", "type_as", "view_as", "reshape_as"))
-# What is made of no tensors: of these nobody makes one row a sample, of the others one may.
+# What is made of no tensors: of these nobody makes one row a sample, of the others one may (an initial state).
 _RANGES = frozenset(("arange", "eye", "linspace", "logspace", "tril_indices", "triu_indices"))
 _FILLED = frozenset(("as_tensor", "full", "ones", "tensor", "zeros"))
 _PRODUCTS = frozenset(("__matmul__", "matmul", "mm"))
@@ -211,7 +211,8 @@ class OpTaps(TorchFunctionMode):
                 return self._mark_constant(output) if all(map(self._is_copied, tensors)) else output
             if func.__name__ in _RANGES:
                 return self._mark(output)
-            return self._mark_constant(output) if func.__name__ in _FILLED else output
+            filled = func.__name__ in _FILLED and not output.requires_grad
+            return self._mark(output) if filled and self._batch_sizes[-1] not in (None, *output.shape) else output
         self._catch_again()
         if len(shared) < len(tensors) and not any(tensor.requires_grad for tensor in shared):
             output = func(*args, **kwargs)
@@ -226,6 +227,8 @@ class OpTaps(TorchFunctionMode):
                 output = func(*args, **kwargs)
                 # What a layer computes from nothing but its own parameters stays between it and its tap.
                 own = all(tensor.requires_grad and tensor in self._others for tensor in shared)
+                if func.__name__ == "__setitem__":
+                    self._mark(args[0])
                 return output if own or self._covered.intersection(shared) else self._mark(output)
             caught = any(map(self._is_caught, shared)) and func.__name__ not in _LIKE
             if not caught:
@@ -266,12 +269,10 @@ class OpTaps(TorchFunctionMode):
         return output
 
     def _mark_constant(self, output: Any) -> Any:
-        """Marks what holds no data as shared; where it has as many rows as there are samples, it is not known to be."""
+        """Marks what comes of constants, of which some were copied for each sample: as copied too, or as shared by them."""
         size = self._batch_sizes[-1]
         for tensor in tensors_in(output):
             axis = self._axis(tensor.dim())
-            if size is None or tensor.requires_grad:
-                continue
             if size != 1 and tensor.dim() > axis and tensor.shape[axis] == size:
                 tensor._copied_version = tensor._version  # type: ignore[attr-defined]
             else:

@@ -181,7 +181,7 @@ class Record:
                 self._measure(param, add(forms), Room(everything=self.budget.keep.everything))
         missing = [param for param in params if param not in self._norms]
         for param in missing:
-            zeros = torch.zeros(self.batch_size, dtype=param.dtype, device=param.device)
+            zeros = torch.zeros(self.batch_size, dtype=param.dtype, device=param.device).abs()
             self._norms[param] = at_least_float32(zeros)
         return self._norms
 

@@ -29,7 +29,7 @@ from opacus_fgc.independence import (
     undisturbed,
 )
 from opacus_fgc.layout import Layout
-from opacus_fgc.norm_samplers.functorch import Functorch
+from opacus_fgc.norm_samplers.functorch import Functorch, is_repeating
 from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler, holds_only, with_batch_second
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import Expansion, OpTaps
@@ -219,9 +219,7 @@ class TappedModel(OpacusHooks):
         return torch._C._current_graph_task_id() != -1
 
     def _tapping(self) -> bool:
-        # Under torch.func it is a sampler that repeats a forward.
-        sampling = torch._C._functorch.peek_interpreter_stack() is not None
-        return torch.is_grad_enabled() and not sampling and (self.hooks_enabled or self._recomputing())
+        return torch.is_grad_enabled() and not is_repeating() and (self.hooks_enabled or self._recomputing())
 
     def _open_record(self) -> Record:
         """The record of the step whose forward runs; a new one if backward has been there."""
