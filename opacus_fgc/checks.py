@@ -48,6 +48,18 @@ def refuse_running_statistics(model: nn.Module) -> None:
             )
 
 
+def refuse_hidden_parameters(model: nn.Module) -> None:
+    """Raises a NotImplementedError if a trainable layer gives something else than its parameter when asked for it by name."""
+    for path, layer in model.named_modules():
+        for name, param in layer._parameters.items():
+            if param is not None and param.requires_grad and getattr(layer, name, None) is not param:
+                raise NotImplementedError(
+                    f"{describe(path, layer)} gives another tensor than its parameter when asked for '{name}', by a property or a "
+                    "__getattr__ of its own, so that what initializes, shards or serves layers does not reach it. Give what is "
+                    "computed from the parameter another name, or use torch.nn.utils.parametrize"
+                )
+
+
 def check_forms(params: Mapping[str, Any], forms: Mapping[Any, PerSampleGradient]) -> None:
     """Raises if a sampler did not answer for just the parameters of its layer."""
     for param, form in forms.items():

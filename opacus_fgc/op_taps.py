@@ -9,7 +9,8 @@ one row a sample, so that autograd itself delivers the per-sample gradients; ope
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import _CheckpointFrame
 
 from opacus_fgc.attention import multi_head_attention
 from opacus_fgc.norm_samplers.functorch import norms_by_sample
@@ -34,10 +36,13 @@ _POINTWISE = frozenset(
     *("minimum", "multiply", "rsub", "subtract", "true_divide", "where", "xlogy"),
 }
 _JOINING = frozenset(("cat", "concat", "concatenate", "stack"))
-_EXPANDING = frozenset(("broadcast_to", "expand", "expand_as", "repeat", "tile"))
+_EXPANDING = frozenset(("broadcast_to", "expand", "expand_as", "repeat", "repeat_interleave", "tile"))
 # The second tensor is but a pattern for dtype, device or shape.
 _LIKE = frozenset(("to", "type_as", "view_as", "reshape_as"))
-_RANGES = frozenset(("arange", "linspace"))
+# What is made of no tensors: of these nobody makes one row a sample, of the others one may (an initial state).
+_RANGES = frozenset(("arange", "eye", "linspace", "logspace", "tril_indices", "triu_indices"))
+_FILLED = frozenset(("as_tensor", "full", "ones", "tensor", "zeros"))
+_PRODUCTS = frozenset(("__matmul__", "matmul", "mm"))
 
 
 class NotCaughtError(Exception):
@@ -76,6 +81,7 @@ class OpTaps(TorchFunctionMode):
     Args:
         params: the parameters whose operations are caught.
         others: what else is no data: the other parameters of the model, and its buffers.
+        constants: tensors that are no data for as long as they have the version that goes with them here.
         covered: those of the others whose tap is on a module around their layer. What is computed from them stays in there.
         tap_op: taps the output of an operation.
         observe: told of the name, the output and the batch axis of each operation in which something met the data.
@@ -88,6 +94,7 @@ class OpTaps(TorchFunctionMode):
         self,
         params: Iterable[Tensor],
         others: Iterable[Tensor],
+        constants: Mapping[Tensor, int],
         covered: Iterable[Tensor],
         tap_op: TapOp,
         observe: Observe,
@@ -98,6 +105,7 @@ class OpTaps(TorchFunctionMode):
         super().__init__()
         self.params = set(params)
         self._others = set(others)
+        self._constants = constants
         self._covered = set(covered)
         self._tap_op = tap_op
         self._observe = observe
@@ -106,6 +114,7 @@ class OpTaps(TorchFunctionMode):
         self._stance: Any = None
         self._batch_sizes: list[int | None] = []
         self._trying = False
+        self._again = False
         self._expansions = expansions
 
     @property
@@ -125,6 +134,8 @@ class OpTaps(TorchFunctionMode):
             batch_size: number of samples, None if it is not known.
             trying: whether it is of no consequence, so that what is not known yet may be guessed.
         """
+        if self._again:
+            return
         self._batch_sizes.append(batch_size)
         self._trying = trying
         if self._compiled:
@@ -134,13 +145,34 @@ class OpTaps(TorchFunctionMode):
 
     def leave(self) -> None:
         """Ends it, if it began."""
-        if self.active:
+        if self.active and not self._again:
             self._batch_sizes.clear()
             # A copy of a model that was interrupted has been entered by none.
             if _get_current_function_mode() is self:
                 self.__exit__(None, None, None)
                 if self._compiled:
                     self._stance.__exit__(None, None, None)
+
+    def _catch_again(self) -> None:
+        """Has operations caught also where activation checkpointing runs again what runs now: it need not be a module."""
+        frame = _checkpointing()
+        if frame is None or isinstance(frame.recompute_fn, _Again):
+            return
+        frame.recompute_fn = _Again(self, self._batch_sizes[0], frame.recompute_fn)
+
+    @contextmanager
+    def again(self, batch_size: int | None) -> Iterator[None]:
+        """A context in which a part of a forward runs again; see `enter`."""
+        if self.active:
+            yield
+            return
+        self.enter(batch_size)
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
+            self.leave()
 
     def add(self, param: Tensor, seen: Tensor) -> None:
         """Treats a tensor as it treats a parameter, in whose place it is."""
@@ -157,7 +189,14 @@ class OpTaps(TorchFunctionMode):
         """Whether a tensor is known to be computed from parameters and constants alone."""
         # Whatever is written into a tensor, also through a view of it, changes its version.
         marked = getattr(tensor, "_shared_version", None)
+        marked = self._constants.get(tensor) if marked is None else marked
         return (marked is not None and marked == tensor._version) or tensor in self.params or tensor in self._others
+
+    @staticmethod
+    def _is_copied(tensor: Tensor) -> bool:
+        """Whether a tensor is known to hold no data, though it has one row a sample."""
+        marked = getattr(tensor, "_copied_version", None)
+        return marked is not None and marked == tensor._version and not tensor.requires_grad
 
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -168,20 +207,36 @@ class OpTaps(TorchFunctionMode):
         shared = [tensor for tensor in tensors if self.is_shared(tensor)]
         if not shared:
             output = func(*args, **kwargs)
-            return self._mark(output) if func.__name__ in _RANGES else output
+            if tensors:
+                return self._mark_constant(output) if all(map(self._is_copied, tensors)) else output
+            if func.__name__ in _RANGES:
+                return self._mark(output)
+            filled = func.__name__ in _FILLED and not output.requires_grad
+            return self._mark(output) if filled and self._batch_sizes[-1] not in (None, *output.shape) else output
+        self._catch_again()
+        if len(shared) < len(tensors) and not any(tensor.requires_grad for tensor in shared):
+            output = func(*args, **kwargs)
+            constant = all(self._is_copied(tensor) or self.is_shared(tensor) for tensor in tensors)
+            return self._mark_constant(output) if constant else output
         try:
             if func.__name__ in _EXPANDING:
                 return self._expand(func, args, kwargs)
+            if func.__name__ in _JOINING and _is_one(tensors):
+                return self._join_copies(func, args, kwargs)
             if len(shared) == len(tensors) or (func.__name__ in _LIKE and self.is_shared(args[0])):
                 output = func(*args, **kwargs)
                 # What a layer computes from nothing but its own parameters stays between it and its tap.
                 own = all(tensor.requires_grad and tensor in self._others for tensor in shared)
+                if func.__name__ == "__setitem__":
+                    self._mark(args[0])
                 return output if own or self._covered.intersection(shared) else self._mark(output)
             caught = any(map(self._is_caught, shared)) and func.__name__ not in _LIKE
             if not caught:
                 return func(*args, **kwargs)
             if func is F.multi_head_attention_forward:
                 return self._attention(args, kwargs)
+            if func.__name__ in _PRODUCTS and self._is_caught(args[0]) and self._has_samples_last(*args, **kwargs):
+                return self._product_of_columns(*args, **kwargs)
             output = self._meet(func, args, kwargs)
             for tensor in _tensors((args[0] if output is None else output,), {}):
                 self._observe(func.__name__, tensor, self._axis(tensor.dim()))
@@ -211,6 +266,17 @@ class OpTaps(TorchFunctionMode):
     def _mark(self, output: Any) -> Any:
         for tensor in tensors_in(output):
             tensor._shared_version = tensor._version  # type: ignore[attr-defined]
+        return output
+
+    def _mark_constant(self, output: Any) -> Any:
+        """Marks what comes of constants, of which some were copied for each sample: as copied too, or as shared by them."""
+        size = self._batch_sizes[-1]
+        for tensor in tensors_in(output):
+            axis = self._axis(tensor.dim())
+            if size != 1 and tensor.dim() > axis and tensor.shape[axis] == size:
+                tensor._copied_version = tensor._version  # type: ignore[attr-defined]
+            else:
+                self._mark(tensor)
         return output
 
     def _expanded(self, shared: Tensor, size: int, dims: int, axis: int) -> Tensor:
@@ -254,42 +320,88 @@ class OpTaps(TorchFunctionMode):
 
     def _set(self, func: Callable, target: Tensor, index: Any, value: Tensor) -> Any:
         axis = self._axis(target.dim())
+        if self.is_shared(target):
+            raise NotCaughtError
+        if isinstance(index, Tensor) and index.dtype == torch.bool and index.dim() > axis:
+            if value.dim() > target.dim() - index.dim():
+                raise NotCaughtError
+            mask = index[(...,) + (None,) * (target.dim() - index.dim())]
+            target.copy_(torch.where(mask, self._expanded(value, target.shape[axis], target.dim(), axis), target))
+            return None
         index = index if isinstance(index, tuple) else (index,)
         # Only where the axes up to the batch are taken whole is it sure which axis is the batch's.
-        if self.is_shared(target) or any(not isinstance(i, slice) or i != slice(None) for i in index[: axis + 1]):
+        if any(not isinstance(i, slice) or i != slice(None) for i in index[: axis + 1]):
             raise NotCaughtError
         with torch.no_grad():
             dims = target[index].dim()
         return func(target, index, self._expanded(value, target.shape[axis], dims, axis))
 
+    def _has_samples_last(self, first: Tensor, second: Tensor) -> bool:
+        """Whether the columns of a matrix of data are samples: ``weight @ x.T``."""
+        size = self._batch_sizes[-1]
+        matrices = first.dim() < 3 and second.dim() == 2
+        return size is not None and matrices and second.shape[1] == size != second.shape[0]
+
+    def _product_of_columns(self, first: Tensor, second: Tensor) -> Tensor:
+        if first.dim() == 1:
+            return self._general(torch.matmul, (second.T, first), {})
+        return self._general(F.linear, (second.T, first), {}).T
+
     def _expand(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Where the batch axis is the model's own doing: ``token.expand(len(x), -1, -1)``."""
-        tensor, *sizes = args
+        tensor = args[0]
         if not self.is_shared(tensor) or (tensor.requires_grad and tensor in self._others):
             return func(*args, **kwargs)
-        pattern = sizes[0] if sizes else next(iter(kwargs.values()))
-        if not isinstance(pattern, int):
-            sizes = list(pattern.shape if isinstance(pattern, Tensor) else pattern)
-        size, dims, axis = self._batch_sizes[-1], len(sizes), self._axis(len(sizes))
-        if size is None or dims <= axis or _size(tensor, axis - dims) not in (None, 1):
+        sizes = _expansion(func.__name__, *args, **kwargs)
+        if sizes is None:
             return self._mark(func(*args, **kwargs))
-        if not self._by_samples(tensor, sizes[axis], size):
-            return self._mark(func(*args, **kwargs))
-        sizes[axis] = 1
-        copies = func.__name__ in ("repeat", "tile")
-        once = self._mark(tensor.repeat(*sizes) if copies else tensor.expand(*sizes))
-        rows = self._expanded(once, size, dims, axis)
-        # A copy may be written into.
-        return rows.clone() if copies else rows
+        copies = func.__name__ in ("repeat", "repeat_interleave", "tile")
+        return self._expand_to(tensor, sizes, copies)
 
-    def _by_samples(self, tensor: Tensor, rows: int, samples: int) -> bool:
+    def _expand_to(self, tensor: Tensor, sizes: list[int], copies: bool) -> Tensor:
+        """Expands, or copies, something shared: to these sizes, or so many times along each axis."""
+        size, dims = self._batch_sizes[-1], len(sizes)
+
+        def expanded(tensor: Tensor) -> Tensor:
+            return self._mark(tensor.repeat(*sizes) if copies else tensor.expand(*sizes))
+
+        first = self._axis(dims)
+        # Torch's own attention has samples second.
+        for axis in (first, 1 - first) if dims > 2 else (first,):
+            new = dims > axis and _size(tensor, axis - dims) in (None, 1) and sizes[axis] != -1
+            if size is not None and new and self._by_samples(tensor, sizes[axis], size, axis):
+                sizes[axis] = 1
+                rows = self._expanded(expanded(tensor), size, dims, axis)
+                if not rows.requires_grad:
+                    rows._copied_version = rows._version  # type: ignore[attr-defined]
+                # A copy may be written into.
+                return rows.clone() if copies else rows
+        return expanded(tensor)
+
+    def _join_copies(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Where the batch axis comes of a list: ``torch.stack([token] * len(x))``."""
+        several = args[0] if args else kwargs["tensors"]
+        tensor, dim = several[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        if func.__name__ == "stack":
+            dim = dim % (tensor.dim() + 1)
+            tensor = self._mark(tensor.unsqueeze(dim))
+        sizes = [1] * tensor.dim()
+        sizes[dim] = len(several)
+        if tensor.requires_grad and tensor in self._others:
+            raise NotCaughtError
+        return self._expand_to(tensor, sizes, copies=True)
+
+    def _by_samples(self, tensor: Tensor, rows: int, samples: int, axis: int) -> bool:
         """Whether so many rows that something shared is expanded to are one a sample."""
         params = [id(leaf) for leaf in leaves_of([tensor]) if leaf in self.params or leaf in self._others]
-        expansion = self._expansions.setdefault((*_place(), *params), Expansion())
+        expansion = self._expansions.setdefault((*_place(), axis, *params), Expansion())
         if samples:
             expansion.see(rows, samples)
-        if rows != samples or samples == 1:
+        if rows != samples:
             return False
+        if samples == 1:
+            # What is shared by one sample is that one's, in whichever way it is caught.
+            return expansion.by_samples is True
         if expansion.by_samples is None and samples and not self._trying:
             raise NotImplementedError(
                 f"a tensor of shape {tuple(tensor.shape)}, computed from parameters or constants, is expanded to {rows} rows, as "
@@ -331,12 +443,51 @@ class OpTaps(TorchFunctionMode):
             self._batch_first = batch_first
 
 
+class _Again:
+    """What a checkpoint is to run again, with operations caught."""
+
+    def __init__(self, ops: OpTaps, batch_size: int | None, function: Callable[..., Any]) -> None:
+        self._ops, self._batch_size, self._function = ops, batch_size, function
+
+    def __call__(self, *args: Any) -> None:
+        with self._ops.again(self._batch_size):
+            self._function(*args)
+
+
+def _checkpointing() -> _CheckpointFrame | None:
+    """What the innermost checkpoint knows of itself, in a part of a forward that is to run again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    cells = getattr(hooks[1], "__closure__", None) or () if hooks else ()
+    frames = (cell.cell_contents for cell in cells)
+    return next((frame for frame in frames if isinstance(frame, _CheckpointFrame)), None)
+
+
 def _place() -> tuple[Any, ...]:
     """The place in the model's code from which an operation was called."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", __package__):
         frame = frame.f_back
     return () if frame is None else (frame.f_code, frame.f_lasti)
+
+
+def _expansion(
+    name: str, tensor: Tensor, *sizes: Any, dim: int | None = None, output_size: int | None = None, **named: Any
+) -> list[int] | None:
+    """The sizes that a tensor is expanded to, or how often it is repeated along each axis; None if it is in another way."""
+    if name == "repeat_interleave":
+        (times, dim) = (*sizes, *named.values(), dim)[:2]
+        if not isinstance(times, int) or dim is None or tensor.shape[dim] != 1:
+            return None
+        repeats = [1] * tensor.dim()
+        repeats[dim] = times
+        return repeats
+    pattern = sizes[0] if sizes else next(iter(named.values()))
+    several = list(sizes) if isinstance(pattern, int) else pattern.shape if isinstance(pattern, Tensor) else pattern
+    return list(several)
+
+
+def _is_one(tensors: list[Tensor]) -> bool:
+    return len(tensors) > 1 and all(tensor is tensors[0] for tensor in tensors)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:

@@ -18,13 +18,22 @@ from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.buffers import Buffers
 from opacus_fgc.certificates import OUT_OF_MEMORY, Observations, Schedule
-from opacus_fgc.checks import describe, refuse_overlap
+from opacus_fgc.checks import describe, refuse_hidden_parameters, refuse_overlap
 from opacus_fgc.compiled import KeptBuffers
+from opacus_fgc.constants import constants_of
 from opacus_fgc.entrances import Entrance
 from opacus_fgc.layout import Layout
 from opacus_fgc.model_state import ModelState, restored
-from opacus_fgc.norm_samplers.functorch import Functorch
-from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler
+from opacus_fgc.norm_samplers.functorch import Functorch, is_repeating
+from opacus_fgc.norm_samplers.lookup import (
+    ByOperation,
+    Registered,
+    Sampler,
+    batch_axis,
+    find_sampler,
+    holds_only,
+    with_batch_second,
+)
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record
@@ -88,6 +97,7 @@ class TappedModel(OpacusHooks):
 
     def _prepare(self, model: nn.Module, force_functorch: bool) -> None:
         """Sets what `add_hooks` needs; raises if the model cannot be tapped."""
+        refuse_hidden_parameters(model)
         self.force_functorch = force_functorch
         self._overruled: dict[nn.Module, Sampler | ByOperation] = {}
         self._operations: dict[Any, Tapped] = {}
@@ -98,6 +108,8 @@ class TappedModel(OpacusHooks):
         self._shared_inputs: dict[nn.Module, set[str]] = {}
         self._buffers_before = Buffers(model)
         self._expansions: dict[Any, Expansion] = {}
+        self._constants = constants_of(model)
+        self._batch_second = with_batch_second(model)
         self._seen: Observations | None = None  # in forwards that are only looked at
         self._noted: Observations | None = None  # in the user's own
         self._samples: Tensor | None = None
@@ -169,7 +181,9 @@ class TappedModel(OpacusHooks):
             handles.append(
                 layer.register_forward_hook(plain(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
-        every = self._unsharded.named_parameters(self._module).values()
+        named = self._unsharded.named_parameters(self._module)
+        # As they are between two forwards.
+        every, self._paths = named.values(), {param: path for path, param in named.items()}
         others = {*every, *self._module.buffers()} - watched
         covered = [
             param
@@ -181,6 +195,7 @@ class TappedModel(OpacusHooks):
         self._ops = OpTaps(
             watched,
             others,
+            self._constants,
             covered,
             self._tap_operation,
             self._observe,
@@ -221,9 +236,7 @@ class TappedModel(OpacusHooks):
         return torch._C._current_graph_task_id() != -1
 
     def _tapping(self) -> bool:
-        # Under torch.func it is a sampler that repeats a forward.
-        sampling = torch._C._functorch.peek_interpreter_stack() is not None
-        return torch.is_grad_enabled() and not sampling and (self.hooks_enabled or self._recomputing())
+        return torch.is_grad_enabled() and not is_repeating() and (self.hooks_enabled or self._recomputing())
 
     def _open_record(self) -> Record:
         """The record of the step whose forward runs; a new one if backward has been there."""
@@ -392,12 +405,16 @@ class TappedModel(OpacusHooks):
         if not self._tapping():
             return forward_output
         layer = self._layers[module]
+        # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
+        if not self._holds_its_own(module, layer):
+            return forward_output
         if self._ops.active and layer.sampler.covers_children:
             self._ops.leave_covered((forward_input, forward_kwargs), forward_output)
         # What comes of parameters and constants alone is caught where it meets the data.
         if self._ops.active and any(map(self._ops.is_shared, tensors_in(forward_output))):
             return forward_output
-        axis = batch_axis(module, (forward_input, forward_kwargs), self.batch_first)
+        batch_first = self.batch_first and module not in self._batch_second
+        axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
         inside = self.record is not None and (self._outermost is not None or self._recomputing())
         size = self.record.batch_size_seen if self.record is not None and inside else None
         if size not in (None, 1) and self._samples is None and _has_one_row(forward_output, axis):
@@ -408,15 +425,20 @@ class TappedModel(OpacusHooks):
             module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
         )
 
+    def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
+        if not layer.sampler.covers_children:
+            return holds_only(module, {name: self._unsharded.of(param) for name, param in layer.params.items()})
+        there = dict(module.named_parameters())
+        return all(there.get(name) is self._unsharded.of(param) for name, param in layer.params.items())
+
     def _tap_operation(
         self, output: Tensor, op: Op, sampler: OpSampler, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
     ) -> Tensor:
         params = [self._unsharded.parameter(leaf) for leaf in leaves_of(op.shared.values())]
         key = (op.function.__name__, sampler.name, *map(id, params))
         if key not in self._operations:
-            names = {param: name for name, param in self._unsharded.named_parameters(self._module).items()}
-            path, function = ", ".join(names[param] for param in params), op.function.__name__
-            own = {names[param]: param for param in params}
+            path, function = ", ".join(self._paths[param] for param in params), op.function.__name__
+            own = {self._paths[param]: param for param in params}
             receive = partial(self._receive, key)
             self._operations[key] = Tapped(
                 path, f"operation '{function}' on {path}", f"({function})", sampler, own, receive

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 from tests.case import Apply, Case, Square, classes, floats, tokens
 from tests.cases import LAYERS, OfTimeFirst, ScaleByOwn
+from tests.changed_cases import CHANGED
 
 
 class Own(nn.Module):
@@ -142,6 +144,66 @@ def attention_cases() -> list[Case]:
             [x, y],
         ),
     ]
+
+
+def again(function: Callable, *inputs: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def scaled(m: Own, x: Tensor) -> Tensor:
+    return x + m.p * m.a(m.norm(x))
+
+
+class OfTwo(nn.Module):
+    """Has no parameter of its own, but a list and a dict of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.randn(4)) for _ in range(2)])
+        self.shifts = nn.ParameterDict({"first": nn.Parameter(torch.randn(3, 4))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for scale in self.scales:
+            x = x.tanh() * scale + self.shifts["first"]
+        return x
+
+
+def biased(m: Own, x: Tensor, bias: Tensor) -> Tensor:
+    return (x @ x.mT + bias).softmax(-1) @ m.a(x)
+
+
+def checkpointed_cases() -> list[Case]:
+    def with_bias(m: Own, x: Tensor) -> Tensor:
+        bias = m.p[torch.arange(3)[:, None] - torch.arange(3) + 2]
+        for _ in range(2):
+            x = again(lambda x, bias: biased(m, x, bias), x, bias)
+        return x
+
+    def nested(m: Own, x: Tensor) -> Tensor:
+        return again(lambda x: again(lambda y: scaled(m, y), x).tanh() * m.p, x)
+
+    def parts() -> dict[str, nn.Module]:
+        return {"norm": nn.LayerNorm(4), "a": nn.Linear(4, 4)}
+
+    makes: dict[str, Callable[[], nn.Module]] = {
+        "function": lambda: Own(lambda m, x: again(lambda x: scaled(m, x), x), {"p": (4,)}, **parts()),
+        "twice": lambda: Own(
+            lambda m, x: again(lambda x: scaled(m, x), again(lambda x: scaled(m, x), x)), {"p": (4,)}, **parts()
+        ),
+        "nested": lambda: Own(nested, {"p": (4,)}, **parts()),
+        "with-what-the-batch-shares": lambda: Own(with_bias, {"p": (5,)}, a=nn.Linear(4, 4)),
+        "lists-of-parameters": lambda: Apply(lambda m, x: m.b(again(m.a, x)), a=OfTwo(), b=nn.Linear(4, 2)),
+        "parametrized": lambda: Apply(
+            lambda m, x: again(m.a, m.b(x)), a=weight_norm(nn.Linear(4, 4, bias=False)), b=nn.Linear(4, 4)
+        ),
+        "some-positions": lambda: Own(
+            lambda m, x: again(lambda x: m.a(x + m.b(torch.arange(3))) * m.p, x),
+            {"p": (4,)},
+            a=nn.Linear(4, 4),
+            b=nn.Embedding(5, 4),
+        ),
+    }
+    return [Case(f"checkpointed-{name}", make, [floats(3, 4)], functorch=False) for name, make in makes.items()]
 
 
 def repeated_token(m: Own, x: Tensor) -> Tensor:
@@ -408,7 +470,8 @@ OPERATIONS = [
         [floats(5, 4)],
     ),
     *attention_cases(),
+    *checkpointed_cases(),
 ]
 
-CASES = LAYERS + OPERATIONS
+CASES = LAYERS + OPERATIONS + CHANGED
 """All cases."""

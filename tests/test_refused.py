@@ -51,25 +51,6 @@ class Averaging(Mixing):
         return (x * self.weight).mean()
 
 
-class Product(torch.autograd.Function):
-    """An operation of somebody's own, which nothing can look into."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return backprop * weight, (backprop * x).sum(0)
-
-
-class Hidden(Mixing):
-    def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self.weight)
-
-
 class Joining(Mixing):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.weight[None], x])
@@ -143,12 +124,6 @@ CASES = {
         [torch.arange(12.0).reshape(N, 3)],
         NotImplementedError,
         "mixes samples",
-    ),
-    "parameter-hidden-from-everything": (
-        lambda: nn.Sequential(nn.Linear(3, 3), Hidden()),
-        [torch.ones(N, 3)],
-        NotImplementedError,
-        r"layer '1' \(Hidden\).*torch.func cannot repeat it",
     ),
     "parameter-joined-along-the-batch": (
         lambda: Apply(lambda m, x: m.a(x)[1:], a=Joining()),

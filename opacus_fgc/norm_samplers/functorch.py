@@ -1,8 +1,9 @@
-"""What no table knows: per-sample gradients by `torch.func`, from one more forward and backward."""
+"""What no table knows: per-sample gradients from one more forward and backward of each sample by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def gradients_by_sample(
     norms: Tensor | None,
     constants: Collection[int] = (),
 ) -> dict[Any, Tensor]:
-    """Repeats a forward on each sample by itself (``vmap`` over ``grad``).
+    """Repeats a forward on each sample by itself: by ``vmap`` over ``grad``, or by a loop where that cannot do it.
 
     Args:
         function: the forward, called with the parameters and the flattened arguments of one sample, as a batch of one.
@@ -67,24 +68,23 @@ def gradients_by_sample(
     ]
     device, (autocast, dtype) = backprops[0].device.type, call.autocast
 
-    def loss(params: dict[Any, Tensor], tensors: list[Tensor], backprops: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def loss(
+        params: Mapping[Any, Tensor], tensors: Sequence[Tensor], backprops: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
         one = list(leaves)
         for place, tensor, dim in zip(places, tensors, in_dims, strict=True):
             one[place] = tensor if dim is None else tensor.unsqueeze(axis)
         with torch.autocast(device, dtype, enabled=autocast):
             outputs = tree_flatten(function(params, one))[0]
         outputs = [outputs[i].squeeze(axis) for i in call.outputs]
-        total = sum((output * backprop).sum() for output, backprop in zip(outputs, backprops, strict=True))
-        return total, outputs
+        return torch.stack(list(map(_inner, outputs, backprops))).sum(), outputs
 
     in_dims_of_all = (None, in_dims, [axis] * len(backprops))
     try:
         gradients, outputs = vmap(grad(loss, has_aux=True), in_dims_of_all)(dict(params), tensors, list(backprops))
-    except RuntimeError as error:
-        raise NotImplementedError(
-            "it has no norm sampler, and torch.func cannot repeat it on one sample at a time: "
-            f"{error}. Register a norm sampler for it (opacus_fgc.register_norm_sampler)"
-        ) from error
+    except RuntimeError:
+        # What it has no rule for, and what looks at the numbers, a loop can do.
+        gradients, outputs = _one_by_one(loss, params, tensors, list(backprops), in_dims, axis)
     if norms is not None:
         tolerance = max(torch.finfo(output.dtype).eps for output in outputs) ** 0.5
         if not torch.allclose(norms_by_sample(outputs, 0), norms, rtol=tolerance, equal_nan=True):
@@ -94,6 +94,66 @@ def gradients_by_sample(
                 "for it (opacus_fgc.register_norm_sampler)"
             )
     return gradients
+
+
+def _inner(output: Tensor, backprop: Tensor) -> Tensor:
+    """What has the backprop for its gradient by the output, as torch defines gradients by complex numbers."""
+    return (output * backprop.conj()).real.sum() if output.is_complex() else (output * backprop).sum()
+
+
+def _one_by_one(
+    loss: Callable[..., tuple[Tensor, list[Tensor]]],
+    params: Mapping[Any, Tensor],
+    tensors: Sequence[Tensor],
+    backprops: Sequence[Tensor],
+    in_dims: Sequence[int | None],
+    axis: int,
+) -> tuple[dict[Any, Tensor], list[Tensor]]:
+    """What ``vmap(grad(loss, has_aux=True))`` gives, by a loop over the samples."""
+    gradients: dict[Any, list[Tensor]] = {name: [] for name in params}
+    several = []
+    generators = _random_states(backprops[0].device)
+    again = _REPEATING.set(True)
+    try:
+        for n in range(backprops[0].shape[axis]):
+            one = [
+                tensor if dim is None else tensor.select(dim, n) for tensor, dim in zip(tensors, in_dims, strict=True)
+            ]
+            with torch.enable_grad():
+                own = {name: param.detach().requires_grad_() for name, param in params.items()}
+                total, outputs = loss(own, one, [backprop.select(axis, n) for backprop in backprops])
+                by_param: Sequence[Tensor | None] = [None] * len(own)
+                if total.requires_grad:
+                    by_param = torch.autograd.grad(total, list(own.values()), allow_unused=True)
+            for (name, param), gradient in zip(params.items(), by_param, strict=True):
+                gradients[name].append(torch.zeros_like(param) if gradient is None else gradient.to_dense())
+            several.append([output.detach() for output in outputs])
+    except RuntimeError as error:
+        raise NotImplementedError(
+            "it has no norm sampler, and it cannot be repeated on one sample at a time: "
+            f"{error}. Register a norm sampler for it (opacus_fgc.register_norm_sampler)"
+        ) from error
+    finally:
+        _REPEATING.reset(again)
+    if not all(map(torch.equal, generators, _random_states(backprops[0].device))):
+        raise NotImplementedError(
+            "it has no norm sampler, and it draws random numbers, so that it cannot be repeated on one sample at a time. Put what "
+            "draws them (dropout) into a module of its own, or register a norm sampler for it (opacus_fgc.register_norm_sampler)"
+        )
+    stacked = {name: torch.stack(rows) for name, rows in gradients.items()}
+    return stacked, [torch.stack(outputs) for outputs in zip(*several, strict=True)]
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+_REPEATING: ContextVar[bool] = ContextVar("repeating", default=False)
+
+
+def is_repeating() -> bool:
+    """Whether what runs is no forward of the user's, but a sampler that repeats one."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or _REPEATING.get()
 
 
 class Functorch:
@@ -130,7 +190,9 @@ class Functorch:
 
         def forward(params: Mapping[Any, Tensor], leaves: list[Any]) -> Any:
             args, kwargs = tree_unflatten(leaves, spec)
-            return functional_call(layer, dict(params), args, kwargs)
+            # What a forward does to buffers it has done already.
+            buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+            return functional_call(layer, {**buffers, **params}, args, kwargs)
 
         gradients = gradients_by_sample(forward, params, leaves, call, backprops, call.fingerprint)
         return {layer.get_parameter(name): Dense(call.by_sample(gradient)) for name, gradient in gradients.items()}

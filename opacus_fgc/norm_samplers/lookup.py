@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -99,20 +102,99 @@ def find_sampler(layer: nn.Module) -> Sampler | ByOperation:
     """Finds what computes a layer's per-sample gradients.
 
     In this order: its type's norm sampler; the norm sampler of the nearest base class whose ``forward`` it inherits
-    unchanged; Opacus' grad sampler of its very type; and for all other modules the operations on their parameters.
+    unchanged, with all that this calls and reads; Opacus' grad sampler of its very type; and for all other modules the
+    operations on their parameters.
 
     Args:
         layer: a layer with trainable parameters of its own.
     """
-    # Torch's attention uses the weight of the first, and never calls it. The second have a weight that is computed from their
-    # parameters by a hook (`torch.nn.utils.spectral_norm`).
-    if type(layer) is NonDynamicallyQuantizableLinear or any(isinstance(own, Tensor) for own in vars(layer).values()):
+    # Torch's attention uses the weight of the first, and never calls it.
+    if type(layer) is NonDynamicallyQuantizableLinear or not _is_plain(layer):
         return ByOperation()
-    for base in type(layer).__mro__:
+    kind = plain_type(layer)
+    for base in kind.__mro__:
         function = norm_sampler_of(base)
-        if function and getattr(base, "forward", None) is type(layer).forward and "forward" not in vars(layer):
+        if function and _inherits(kind, base):
             return Registered(function, "norm sampler", _form_or_norms)
     return _grad_sampler(layer) or ByOperation()
+
+
+def holds_only(layer: nn.Module, params: Mapping[str, Tensor]) -> bool:
+    """Whether a layer has just these parameters, and nothing in the place of one: it was called on them as they are.
+
+    Another tensor is there during `torch.func.functional_call`, or after a hook has put it there
+    (`torch.nn.utils.spectral_norm`).
+
+    Args:
+        layer: the layer.
+        params: its own parameters by name.
+    """
+    own = layer._parameters
+    there = all(param is None or param is params.get(name) for name, param in own.items())
+    return (
+        there and all(name in own for name in params) and not any(isinstance(v, Tensor) for v in vars(layer).values())
+    )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer does what its type does, and a sampler of real numbers can serve it."""
+    own, kind = vars(layer), type(layer)
+    return not (
+        any(isinstance(value, Tensor) for value in own.values())
+        or any(param is not None and param.is_complex() for param in layer._parameters.values())
+        or any(callable(inspect.getattr_static(kind, name, None)) for name in own)
+    )
+
+
+@cache
+def _inherits(kind: type, base: type) -> bool:
+    """Whether a type inherits a base's ``forward`` unchanged, with all that it may rely on."""
+    if getattr(base, "forward", None) is not getattr(kind, "forward", None):
+        return False
+    own = {name for cls in kind.__mro__ if cls not in base.__mro__ for name in vars(cls)}
+    if (own & _relied_on(base)) - _NOT_IN_FORWARD:
+        return False
+    # A library may have put another method into a class of torch.
+    return not any(
+        isinstance(value, FunctionType) and cls.__module__.startswith("torch.") and not _is_torchs(value)
+        for cls in base.__mro__
+        for name, value in vars(cls).items()
+        if issubclass(cls, nn.Module) and cls is not nn.Module and name not in _NOT_IN_FORWARD
+    )
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return (function.__module__ or "").partition(".")[0] == "torch"
+
+
+def _relied_on(base: type) -> set[str]:
+    """The names of all attributes of a type, and of all that its methods read."""
+    names = set(dir(base))
+    for cls in base.__mro__:
+        if issubclass(cls, nn.Module) and cls is not nn.Module:
+            for name, value in vars(cls).items():
+                if name not in _NOT_IN_FORWARD:
+                    function = inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
+                    names.update(_names_in(getattr(function, "__code__", None)))
+    return names
+
+
+def _names_in(code: CodeType | None) -> Iterator[str]:
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _names_in(constant)
+
+
+_NOT_IN_FORWARD = frozenset(dir(object)) - {"__getattribute__", "__class__"} | {
+    *("__abstractmethods__", "__annotations__", "__constants__", "__copy__", "__deepcopy__", "__dict__", "__module__"),
+    *("__firstlineno__", "__orig_bases__", "__parameters__", "__setstate__", "__slots__", "__static_attributes__"),
+    *("__annotate__", "__annotate_func__", "__annotations_cache__", "__type_params__", "__weakref__", "_abc_impl"),
+    *("_get_name", "_load_from_state_dict", "_save_to_state_dict", "_version", "eval", "extra_repr", "load_state_dict"),
+    *("reset_parameters", "state_dict", "to", "train"),
+}
+"""What a subclass may have of its own without doing anything else in its ``forward``."""
 
 
 def find_gradient_sampler(layer: nn.Module) -> Sampler:
@@ -127,6 +209,18 @@ def find_gradient_sampler(layer: nn.Module) -> Sampler:
 def _grad_sampler(layer: nn.Module) -> Registered | None:
     function = GradSampleHooks.GRAD_SAMPLERS.get(plain_type(layer))
     return None if function is None else Registered(function, "grad sampler", _dense)
+
+
+def with_batch_second(model: nn.Module) -> set[nn.Module]:
+    """The layers in torch's transformers that get ``(T, N, features)``, whatever the model gets."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        stacked = isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder))
+        first = next(iter(module.layers), None) if stacked else module
+        is_layer = isinstance(first, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
+        if is_layer and not first.self_attn.batch_first:
+            found.update(module.modules())
+    return found
 
 
 def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:

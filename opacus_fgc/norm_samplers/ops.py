@@ -201,6 +201,7 @@ _STAND_INS: dict[str, Callable[..., StandIn]] = {
     "linear": _linear,
     "addmm": _addmm,
     "matmul": _matmul,
+    "mm": _matmul,
     "__matmul__": _matmul,
     "embedding": _embedding,
     "conv1d": _convolution,
@@ -242,6 +243,9 @@ def sampler_of(
     try:
         sampler, layer, activations = stand_in(*args, **kwargs)
     except TypeError:  # an option that no layer has
+        return REPEATED
+    # The arithmetic of forms other than `Dense` is one of real numbers.
+    if layer.weight is not None and layer.weight.is_complex():
         return REPEATED
     matrices = sampler is not matrix or (layer.weight.dim() == 2 and (layer.bias is None or layer.bias.dim() == 1))
     return AS_LAYER if matrices and id(activations) not in shared else REPEATED
