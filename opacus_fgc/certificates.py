@@ -1,9 +1,9 @@
 """Certificates: proofs, from the definition, of whose each row is, and that no sample touches another's.
 
-*Backward.* Under loss weights ``w``, one a sample, the backprops of a row of sample ``n`` are ``w[n]`` times what they are under ones,
-and only then. Powers of two commute with rounding, so that this holds to the bit. It tells of the model, the criterion and all that
-is between them. *Forward.* With some samples of a batch replaced, in the same shapes, modes and random states, nothing that is
-computed for the others changes. That is what neighbouring data sets are.
+*Backward.* Under loss weights ``w``, one a sample, the backprops of a row of sample ``n`` are ``w[n]`` times what they are
+under ones, and only then. Powers of two commute with rounding, so that this holds to the bit. It tells of the model, the
+criterion and all that is between them. *Forward.* With some samples of a batch replaced, in the same shapes, modes and random
+states, nothing that is computed for the others changes. That is what neighbouring data sets are.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _CHUNK = 2**18
 def sketch(value: Tensor, axis: int) -> Tensor:
     """Three numbers that tell each row of a tensor from others, shape ``(rows, 3)``: two weighted sums, and one of sizes.
 
-    They are of the tensor's dtype, float32 at least. They are multiplied by a power of two, exactly, if the row is. The same rows of
-    tensors of the same shape have the same ones.
+    They are of the tensor's dtype, float32 at least. They are multiplied by a power of two, exactly, if the row is. The same
+    rows of tensors of the same shape have the same ones.
     """
     if isinstance(value, DTensor):
         value = value.full_tensor()
@@ -120,8 +120,10 @@ class Schedule:
             raise ValueError(f"certify is {self.how!r}; it is 'always', 'thinning' or 'never'")
         if self.how == "never":
             warnings.warn(
-                "certify='never': nothing proves that each row that a layer works on belongs to one sample, nor that what is computed "
-                "for a sample depends on that sample alone. If the model or the criterion mixes samples, one of them can move the "
+                "certify='never': nothing proves that each row that a layer works on belongs to one sample, nor that what is "
+                "computed "
+                "for a sample depends on that sample alone. If the model or the criterion mixes samples, one of them can "
+                "move the "
                 "clipped sum by any multiple of max_grad_norm, and nobody will notice",
                 stacklevel=4,
             )
@@ -273,43 +275,54 @@ def _owner_error(
     several = doubled.sketches.get(key, of_ones)
     if _beyond(several - 8 * of_ones, 8 * of_ones, plain.half).any():
         return NotImplementedError(
-            f"{layer} gets a gradient that is not linear in the loss: for 8 times the loss it is not 8 times as large. Between this "
+            f"{layer} gets a gradient that is not linear in the loss: for 8 times the loss it is not 8 times as large. "
+            "Between this "
             "layer and the loss there is a gradient hook, or an autograd.Function with a backward of its own, that clamps, "
-            "normalizes or the like, so that clipping a sample's loss does not clip its gradient. Remove it: each sample's gradient "
+            "normalizes or the like, so that clipping a sample's loss does not clip its gradient. Remove it: each sample's "
+            "gradient "
             "is clipped as a whole anyway"
         )
     belongs = _owners_found(draws, of_ones, [one.sketches.get(key, of_ones) for one in weighted])
     if belongs is not None and len(belongs) == size:
         return NotImplementedError(
             f"{layer}: its rows are not samples, in the order of their losses: row {rows[0]} belongs to the loss of sample "
-            f"{belongs[rows[0]]}. Something selects, regroups, sorts or shifts samples before or after this layer. Keep rows and losses "
+            f"{belongs[rows[0]]}. Something selects, regroups, sorts or shifts samples before or after this layer. Keep rows "
+            "and losses "
             f"in the order of the batch, one row a sample. {PADDING}"
         )
     if belongs is not None:
         return NotImplementedError(
-            f"{layer}: its rows are not samples: it was called on {len(belongs)} rows for {size} samples, and they do not follow each "
+            f"{layer}: its rows are not samples: it was called on {len(belongs)} rows for {size} samples, and they do not "
+            "follow each "
             f"other sample by sample, as many for each: row {rows[0]} belongs to sample {belongs[rows[0]]}. {PADDING}"
         )
     if size > len(of_ones) and size % len(of_ones) == 0:
         return ValueError(
-            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows, and there are {size} losses. {TOKENS}. {PADDING}"
+            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows, and there are {size} losses. "
+            f"{TOKENS}. {PADDING}"
         )
     if len(of_ones) % size:
         return NotImplementedError(
-            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows for {size} samples, and several of these have a "
+            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows for {size} samples, and several of "
+            "these have a "
             f"part in one row. If the batch lies on another axis there, let it lie on the first (see batch_first). {PADDING}"
         )
     return NotImplementedError(
-        f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the model, the criterion, "
-        "or what is between this layer and the loss (a batch norm, a mean, a similarity or a shift over the batch; negatives from "
-        "the batch; a term of the whole batch in each loss); or its rows are not samples (check batch_first). Then no sample has a "
+        f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the model, the "
+        "criterion, "
+        "or what is between this layer and the loss (a batch norm, a mean, a similarity or a shift over the batch; negatives "
+        "from "
+        "the batch; a term of the whole batch in each loss); or its rows are not samples (check batch_first). Then no sample "
+        "has a "
         "gradient of its own. Let each sample's loss depend on that sample alone"
     )
 
 
 PADDING = (
-    "Where samples have different numbers of rows (layer(x[mask]), tokens that are routed, graphs in one batch), pad them to the same "
-    "number and use a mask. Where a batch is torch.cat of several views, call the layer once for each view, or put the views on "
+    "Where samples have different numbers of rows (layer(x[mask]), tokens that are routed, graphs in one batch), pad them to "
+    "the same "
+    "number and use a mask. Where a batch is torch.cat of several views, call the layer once for each view, or put the views "
+    "on "
     "an axis of their own in the model's forward, (N, K, ...)"
 )
 """What to do about layers whose rows are not the samples, or the same number of rows for each."""
@@ -335,7 +348,7 @@ def _wrong_rows(
     draws: list[Tensor],
     plain: Backprops,
     weighted: list[Backprops],
-    noise: list[Mapping[Output, Tensor]] | None,
+    noise: Sequence[Mapping[Output, Tensor]] | None,
 ) -> list[tuple[Output, list[int]]]:
     """The outputs of which some rows are not what they have to be, and these rows."""
     result = []
@@ -541,8 +554,10 @@ def check_independence(
             break
     if other is None or why:
         raise NotImplementedError(
-            f"{name}: whether samples touch each other cannot be told: {why or 'it cannot be told on another rank'}. Nothing may "
-            "depend on the other samples of a batch: not which layers are called, nor on what shapes. Pass the batch in tensors (in "
+            f"{name}: whether samples touch each other cannot be told: {why or 'it cannot be told on another rank'}. Nothing "
+            "may "
+            "depend on the other samples of a batch: not which layers are called, nor on what shapes. Pass the batch in "
+            "tensors (in "
             "tuples, lists, dicts, dataclasses) that have one row a sample"
         )
     suspects = _changed(first, other, replacement, certified, None)
@@ -636,9 +651,12 @@ def _differences(first: Forward, second: Forward) -> list[list[Tensor]]:
 
 def _mixing_error(where: Seen, replacement: Replacement) -> NotImplementedError:
     return NotImplementedError(
-        f"{where.name} gives a sample another value when other samples of the batch are replaced, so the model mixes samples (by a batch "
-        "norm, or a mean or a shift over the batch or over ranks; in training mode, with random numbers, or without a gradient). Then "
-        "no sample has a gradient of its own. Let what is computed for a sample depend on that sample alone. (Taken for samples: "
+        f"{where.name} gives a sample another value when other samples of the batch are replaced, so the model mixes samples "
+        "(by a batch "
+        "norm, or a mean or a shift over the batch or over ranks; in training mode, with random numbers, or without a "
+        "gradient). Then "
+        "no sample has a gradient of its own. Let what is computed for a sample depend on that sample alone. (Taken for "
+        "samples: "
         f"{', '.join(sorted(replacement.replaced))}.)"
     )
 
@@ -700,8 +718,10 @@ def _compare_states(
     error = None
     if buffers:
         error = NotImplementedError(
-            f"{name} changes its buffers {', '.join(buffers)} in forward, by what it is called on. They may carry one sample's data to "
-            "another's output, and leave with the model without noise. Replace the layer (opacus.validators.ModuleValidator.fix does "
+            f"{name} changes its buffers {', '.join(buffers)} in forward, by what it is called on. They may carry one "
+            "sample's data to "
+            "another's output, and leave with the model without noise. Replace the layer "
+            "(opacus.validators.ModuleValidator.fix does "
             "so for batch norms), or keep the data out of its buffers"
         )
     raise_on_all_ranks(error, on_all_ranks)
@@ -716,7 +736,8 @@ def _compare_states(
     )
     if not same:
         error = NotImplementedError(
-            f"{name} keeps what it computes from a batch in {', '.join(sorted(differ))}, and its next forward depends on that, so that it "
+            f"{name} keeps what it computes from a batch in {', '.join(sorted(differ))}, and its next forward depends on "
+            "that, so that it "
             "mixes samples of several batches. Reset it before each forward, or pass it as an argument"
         )
     raise_on_all_ranks(error, on_all_ranks)

@@ -1,10 +1,11 @@
-"""A model whose backward passes are certified: each row belongs to the sample that it counts for, and no sample touches another."""
+"""A model whose backward passes are certified: each row belongs to the sample it counts for, and no sample touches another."""
 
 from __future__ import annotations
 
 import random
 import secrets
 from collections.abc import Hashable
+from functools import partial
 
 from torch import Tensor
 
@@ -89,7 +90,7 @@ class CertifiedModel(TappedModel):
                 check_independence(
                     describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
                     self._replacements(entrance, size, sign),
-                    lambda replacement, state, entrance=entrance: self._run_again(entrance, size, replacement, state),
+                    partial(self._run_again, entrance, size),
                     layers.__contains__,
                     self.layout.on_all_ranks,
                     entrance.forward if entrance.forward is not None and entrance.forward.size == size else None,

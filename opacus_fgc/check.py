@@ -278,7 +278,8 @@ class _Subject:
             model, criterion, hooks = copy.deepcopy((self.model, self.criterion, list(self.hooks)), memo)
         except Exception as error:
             raise ValueError(
-                f"the model or the criterion cannot be copied, and all is done on copies: {error}. A tensor that is left from a "
+                f"the model or the criterion cannot be copied, and all is done on copies: {error}. A tensor that is left "
+                "from a "
                 "forward may be in it; check it as it is when it is made"
             ) from error
         for hook in hooks:
@@ -421,7 +422,8 @@ def _run_twice(subject: _Subject, samples: Sequence[int], devices: Sequence[int]
         shapes = ", ".join(str(tuple(param.shape)) for param in theirs)
         raise ValueError(
             f"the criterion, or the forward, comes to parameters (shapes {shapes}) by another way than the model that it is "
-            "called on, so that a copy comes to those of the original; give it the model, or what it needs of it, as an argument"
+            "called on, so that a copy comes to those of the original; give it the model, or what it needs of it, as an "
+            "argument"
         )
     same = torch.allclose(first, second, rtol=torch.finfo(precision.coarsest).eps ** 0.5, equal_nan=True)
     return precision.coarsest, same and all(map(torch.equal, before, _random_states(devices)))

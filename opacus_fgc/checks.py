@@ -43,7 +43,8 @@ def refuse_running_statistics(model: nn.Module) -> None:
         if isinstance(module, _NormBase) and module.track_running_stats:
             raise PrivacyNotImplementedError(
                 f"{describe(name, module)} is trainable and keeps running statistics in its buffers, which carry one sample's "
-                "data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so), or freeze its parameters "
+                "data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so), or freeze its "
+                "parameters "
                 "and put it in eval mode"
             )
 
@@ -54,7 +55,8 @@ def refuse_hidden_parameters(model: nn.Module) -> None:
         for name, param in layer._parameters.items():
             if param is not None and param.requires_grad and getattr(layer, name, None) is not param:
                 raise NotImplementedError(
-                    f"{describe(path, layer)} gives another tensor than its parameter when asked for '{name}', by a property or a "
+                    f"{describe(path, layer)} gives another tensor than its parameter when asked for '{name}', by a property "
+                    "or a "
                     "__getattr__ of its own, so that what initializes, shards or serves layers does not reach it. Give what is "
                     "computed from the parameter another name, or use torch.nn.utils.parametrize"
                 )

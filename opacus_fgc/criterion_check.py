@@ -22,7 +22,8 @@ _ELEMENTS, _SAMPLES = 2**24, 8
 """Where gradients are compared, outputs of more elements are taken as they are, and of the first samples, so many at least."""
 
 _WHAT_TO_DO = (
-    "Then no sample has a loss, and a gradient, of its own (contrastive losses, in-batch negatives, hard-example mining, weights "
+    "Then no sample has a loss, and a gradient, of its own (contrastive losses, in-batch negatives, hard-example mining, "
+    "weights "
     "or scales that are computed over the batch). Take those from constants, or from the sample itself; what shares one "
     "value among all samples, such as class weights, is given by functools.partial or as an attribute"
 )
@@ -69,7 +70,8 @@ def _needs_graph(run: Callable[[], Any]) -> bool:
         except Exception as error:
             failure = error
     raise ValueError(
-        f"the criterion cannot be run again on the same batch to see whether its losses are of one sample each: {failure}. Have "
+        f"the criterion cannot be run again on the same batch to see whether its losses are of one sample each: {failure}. "
+        "Have "
         "it compute with its arguments alone"
     ) from failure
 
@@ -78,7 +80,8 @@ def _compare_losses(copies: Callable[[], Any], losses: Callable[..., Tensor], ev
     before = losses(everyone)
     if not _same(before, losses(everyone)).all():
         raise ValueError(
-            "the criterion gives other losses for the same batch and the same random numbers, so that it cannot be known whether "
+            "the criterion gives other losses for the same batch and the same random numbers, so that it cannot be known "
+            "whether "
             "they are of one sample each. Let it keep nothing from call to call, and use deterministic functions "
             "(torch.use_deterministic_algorithms(True) finds others)"
         )

@@ -272,7 +272,8 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         """
         if self.layout.forward_communicates:
             raise NotImplementedError(
-                "a loop with two passes by hand does not go with FSDP and tensor parallel; use a criterion from make_private, or "
+                "a loop with two passes by hand does not go with FSDP and tensor parallel; use a criterion from "
+                "make_private, or "
                 "DPLossFastGradientClipping"
             )
         coef = self.clipping.coefficients(self.get_norm_sample())
@@ -305,8 +306,10 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             self.record, self.per_sample_gradient_norms = record, norms
             if not torch.allclose(again, norms.to(again), rtol=1e-2):
                 raise ValueError(
-                    "the first backward() was of other losses than the second is to be of: its norms are not those of these losses. "
-                    f"With loss_reduction={self.loss_reduction!r} call losses.{self.loss_reduction}().backward(retain_graph=True) "
+                    "the first backward() was of other losses than the second is to be of: its norms are not those of these "
+                    "losses. "
+                    f"With loss_reduction={self.loss_reduction!r} call "
+                    f"losses.{self.loss_reduction}().backward(retain_graph=True) "
                     "first, and (coef * losses).sum().backward() second"
                 )
         self._checked_by_hand = True
@@ -426,13 +429,15 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         gone = self._names.keys() - set(every.values())
         if gone:
             raise ValueError(
-                f"{', '.join(sorted(self._names[param] for param in gone))} was replaced or removed since the model was wrapped, "
+                f"{', '.join(sorted(self._names[param] for param in gone))} was replaced or removed since the model was "
+                "wrapped, "
                 "so that the optimizer would train what the model does not use; wrap model and optimizer anew"
             )
         hooked = [name for param, name in names.items() if _has_hooks(param)]
         if hooked:
             raise ValueError(
-                f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum after clipping, or "
+                f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum after "
+                "clipping, or "
                 "not see it at all. Remove it; what it does can be done to the noisy gradient, before the step: "
                 "optimizer.original_optimizer.register_step_pre_hook(lambda *_: ...)"
             )
@@ -469,7 +474,8 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         if len(given) < len(outside):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in outside[:5] if leaf not in given)
             raise ValueError(
-                f"the loss depends on tensors that require a gradient and are outside of the wrapped model, of shapes {shapes}; "
+                "the loss depends on tensors that require a gradient and are outside of the wrapped model, of shapes "
+                f"{shapes}; "
                 "a private loss would give them none, since they would be neither clipped nor noised. Make what learns from "
                 "the data (a prompt, a criterion's own) a part of the module that make_private gets; train what is "
                 "public and learns through the model (a generator through its discriminator) by the plain criterion on "
@@ -477,7 +483,8 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             )
         if given:
             warnings.warn(
-                f"inputs of shapes {', '.join(str(tuple(leaf.shape)) for leaf in given)} require a gradient, and a private loss "
+                f"inputs of shapes {', '.join(str(tuple(leaf.shape)) for leaf in given)} require a gradient, and a private "
+                "loss "
                 "gives them none; for that take the plain criterion: torch.autograd.grad(plain(model(x), y), x)",
                 stacklevel=2,
             )
@@ -654,25 +661,6 @@ def _has_hooks(param: Any) -> bool:
     return bool(others) or bool(getattr(param, "_post_accumulate_grad_hooks", None))
 
 
-_passing: GradSampleHooksFastGradientClipping | None = None  # whose private loss is on its way back
-
-
-@contextmanager
-def _pass_of(model: GradSampleHooksFastGradientClipping) -> Iterator[None]:
-    """A context for backward passes of a model's private loss; those of other models take no notice."""
-    global _passing
-    before, _passing = _passing, model
-    try:
-        yield
-    finally:
-        _passing = before
-
-
-def _has_hooks(param: Any) -> bool:
-    """Whether a parameter has gradient hooks besides the one of a wrapped model."""
-    return len(param._backward_hooks or ()) > 1 or bool(getattr(param, "_post_accumulate_grad_hooks", None))
-
-
 def _is_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors)
 
@@ -707,7 +695,8 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
             empty = self.record is not None and self.record.batch_size_seen == 0
             if empty and self.layout.shares_samples:
                 raise NotImplementedError(
-                    "this batch has no samples, and torch's distributed tensors cannot do without. Poisson sampling draws such a "
+                    "this batch has no samples, and torch's distributed tensors cannot do without. Poisson sampling draws "
+                    "such a "
                     "batch, or such a part for one rank, now and then: take larger batches, or fewer ranks along data axes"
                 ) from error
             raise

@@ -219,7 +219,8 @@ class Layout:
                 for param, of_param in zip(copied, prints.unbind(1), strict=True):
                     if not _all_alike(of_param):
                         raise ValueError(
-                            f"{self._names[param]} is copied, and has other values on other ranks of its tensor-parallel group. "
+                            f"{self._names[param]} is copied, and has other values on other ranks of its tensor-parallel "
+                            "group. "
                             "Make the model with the same random numbers on all of them (torch.manual_seed)"
                         )
 
@@ -429,7 +430,8 @@ class Layout:
             for name, numbers in zip(values, axis.gathered(own).T.tolist(), strict=True):
                 if len(set(numbers)) > 1:
                     raise ValueError(
-                        f"ranks disagree about {name}: {', '.join(f'{number:g}' for number in numbers)}. Every rank has to take "
+                        f"ranks disagree about {name}: {', '.join(f'{number:g}' for number in numbers)}. Every rank has to "
+                        "take "
                         "the same steps, with the same arguments"
                     )
 
@@ -468,7 +470,8 @@ def _refuse_other_wrappers(model: nn.Module) -> None:
         if replicated or isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, nn.DataParallel)):
             name = "replicate" if replicated else type(module).__name__
             raise NotImplementedError(
-                f"{name} reduces gradients before they are clipped and summed. Take the model out of it (model.module) and wrap "
+                f"{name} reduces gradients before they are clipped and summed. Take the model out of it (model.module) and "
+                "wrap "
                 "that in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
                 "torch.distributed.fsdp.fully_shard on it"
             )

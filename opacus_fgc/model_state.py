@@ -82,10 +82,10 @@ class ModelState:
         for generator, state in self._generators:
             generator.set_state(state)
         with torch.no_grad():
-            for tensor, before in self._tensors.values():
+            for tensor, copy in self._tensors.values():
                 # What autograd made cannot be written to, and is replaced rather than changed.
-                if tensor.is_leaf and tensor.shape == before.shape and not torch.equal(tensor, before):
-                    tensor.copy_(before)
+                if tensor.is_leaf and tensor.shape == copy.shape and not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
 
     def differs_from(self, other: ModelState) -> set[str]:
         """The paths of what is not the same in both."""

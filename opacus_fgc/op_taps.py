@@ -53,9 +53,6 @@ TapOp = Callable[[Tensor, Op, OpSampler, tuple[Any, ...], dict[str, Any], int], 
 """Taps the output of an operation: called with the output, the `Op`, its sampler, arguments, and the batch axis."""
 
 
-Observe = Callable[[str, Tensor, int], None]
-
-
 class Expansion:
     """Whether what is expanded at one place in a model gets one row a sample, or so many for another reason, as for positions.
 
@@ -84,7 +81,6 @@ class OpTaps(TorchFunctionMode):
         constants: tensors that are no data for as long as they have the version that goes with them here.
         covered: those of the others whose tap is on a module around their layer. What is computed from them stays in there.
         tap_op: taps the output of an operation.
-        observe: told of the name, the output and the batch axis of each operation in which something met the data.
         batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
         expansions: what is known of the places where something shared is expanded; it is added to.
         compiled: whether parts of the model are compiled, in which no operation shows; they are run as they are while active.
@@ -97,7 +93,6 @@ class OpTaps(TorchFunctionMode):
         constants: Mapping[Tensor, int],
         covered: Iterable[Tensor],
         tap_op: TapOp,
-        observe: Observe,
         batch_first: bool,
         expansions: dict[Any, Expansion],
         compiled: bool = False,
@@ -108,7 +103,6 @@ class OpTaps(TorchFunctionMode):
         self._constants = constants
         self._covered = set(covered)
         self._tap_op = tap_op
-        self._observe = observe
         self._batch_first = batch_first
         self._compiled = compiled
         self._stance: Any = None
@@ -237,10 +231,7 @@ class OpTaps(TorchFunctionMode):
                 return self._attention(args, kwargs)
             if func.__name__ in _PRODUCTS and self._is_caught(args[0]) and self._has_samples_last(*args, **kwargs):
                 return self._product_of_columns(*args, **kwargs)
-            output = self._meet(func, args, kwargs)
-            for tensor in _tensors((args[0] if output is None else output,), {}):
-                self._observe(func.__name__, tensor, self._axis(tensor.dim()))
-            return output
+            return self._meet(func, args, kwargs)
         except NotCaughtError:
             return func(*args, **kwargs)
 
@@ -404,8 +395,10 @@ class OpTaps(TorchFunctionMode):
             return expansion.by_samples is True
         if expansion.by_samples is None and samples and not self._trying:
             raise NotImplementedError(
-                f"a tensor of shape {tuple(tensor.shape)}, computed from parameters or constants, is expanded to {rows} rows, as "
-                "many as there are samples. Whether they are samples cannot be told, since the model runs on no other number of "
+                f"a tensor of shape {tuple(tensor.shape)}, computed from parameters or constants, is expanded to {rows} "
+                "rows, as "
+                "many as there are samples. Whether they are samples cannot be told, since the model runs on no other number "
+                "of "
                 "them. Let it take batches of any size, or leave the expanding to broadcasting"
             )
         return expansion.by_samples is not False

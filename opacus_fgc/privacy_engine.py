@@ -109,7 +109,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
             if self.secure_mode:
                 raise NotImplementedError(
                     f"secure_mode=True serves grad_sample_mode {' and '.join(map(repr, MODES))}; this is "
-                    f"{kwargs.get('grad_sample_mode', 'hooks')!r}. Pass one of the two, or use Opacus' own PrivacyEngine, which "
+                    f"{kwargs.get('grad_sample_mode', 'hooks')!r}. Pass one of the two, or use Opacus' own PrivacyEngine, "
+                    "which "
                     "needs torchcsprng for it"
                 )
             return super().make_private(**kwargs)
@@ -132,7 +133,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
             data_loader = self._distributed(layout, optimizer, data_loader, poisson)
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
-                f"each of the {dist.get_world_size()} processes trains a model of its own, with batches and a budget of its own. "
+                f"each of the {dist.get_world_size()} processes trains a model of its own, with batches and a budget of its "
+                "own. "
                 "For one model of all wrap it in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
                 "fully_shard on it, before make_private",
                 stacklevel=2,
@@ -408,7 +410,8 @@ def _check_layers(module: nn.Module) -> None:
             continue
         for error in ModuleValidator.VALIDATORS.get(type(layer), lambda layer: [])(layer):
             raise UnsupportedModuleError(
-                f"{describe(name, layer)}: {error} Call opacus.validators.ModuleValidator.fix(model) before the optimizer is made"
+                f"{describe(name, layer)}: {error} Call opacus.validators.ModuleValidator.fix(model) before the optimizer is "
+                "made"
             )
 
 

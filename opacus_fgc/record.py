@@ -30,7 +30,8 @@ class Step:
         """Raises a RuntimeError if a plain loss may not come by, as torch does; whether there is memory left does not matter."""
         if not self.graph_is_retained:
             raise RuntimeError(
-                "Trying to backward through the graph a second time: backward() of a private loss came through it, which used it "
+                "Trying to backward through the graph a second time: backward() of a private loss came through it, which "
+                "used it "
                 "up. Call the model again, or Specify retain_graph=True when calling backward() on the private loss"
             )
 
@@ -184,8 +185,10 @@ class Record:
                 self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
             if form.batch_size != self.batch_size:
                 raise ValueError(
-                    f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with trainable parameters "
-                    f"needs one row a sample, or as many for each, sample by sample. {TOKENS}. {PADDING}. Inputs that the batch shares, expand "
+                    f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with trainable "
+                    "parameters "
+                    f"needs one row a sample, or as many for each, sample by sample. {TOKENS}. {PADDING}. Inputs that the "
+                    "batch shares, expand "
                     "(`x.expand(batch_size, ...)`); and check batch_first"
                 )
             if param in self._norms:

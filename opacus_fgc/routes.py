@@ -1,8 +1,8 @@
 """The operations of a step that move rows along the batch, and whether they moved them as before.
 
-Which sample a row belongs to may depend on the data where rows are selected, sorted or scattered by indices: a mask over tokens, a
-router of experts. A certificate for one such arrangement says nothing of the next. So each has a mark, which is the same only
-for the same indices.
+Which sample a row belongs to may depend on the data where rows are selected, sorted or scattered by indices: a mask over
+tokens, a router of experts. A certificate for one such arrangement says nothing of the next. So each has a mark, which is the
+same only for the same indices.
 """
 
 from __future__ import annotations

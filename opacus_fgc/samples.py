@@ -58,7 +58,7 @@ def mapped(
         if new is not UNCHANGED:
             return new
         values = [mapped(value, change, f"{path}[{place}]", opaque, around) for place, value in enumerate(tree)]
-        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)  # type: ignore[call-arg]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     if isinstance(tree, Mapping):
         result: Any = {} if type(tree) is dict else copy.copy(tree)
         for key, value in tree.items():
@@ -104,9 +104,9 @@ def copied(tree: Any) -> Any:
 class Replacement:
     """Which samples of a batch are replaced, and by what.
 
-    In place of a chosen sample comes what another sample has, with floating-point features enlarged, so that statistics of the batch
-    move by much. What has the values 0 and 1 only, as masks have, stays: models ask whether a mask masks anything, and run other
-    kernels then.
+    In place of a chosen sample comes what another sample has, with floating-point features enlarged, so that statistics of the
+    batch move by much. What has the values 0 and 1 only, as masks have, stays: models ask whether a mask masks anything, and run
+    other kernels then.
 
     Attributes:
         size: number of samples in the batch.
@@ -266,7 +266,7 @@ def batch_size(inputs: Any, axis: int) -> int | None:
 
     Args:
         inputs: any nesting.
-        axis: the axis that counts samples. Where it is the second, of ``(T, N)`` and ``(N, features)`` nobody can tell which it is.
+        axis: the axis that counts samples. If it is the second, of ``(T, N)`` and ``(N, features)`` nobody can tell which it is.
     """
     packed = False
     sizes = []

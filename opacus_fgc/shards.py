@@ -170,7 +170,8 @@ def _cuts_of_data(
     if embedding and cuts == {"weight": 0}:
         return None, None
     raise NotImplementedError(
-        "it is cut in a way whose per-sample gradients are not known: tensor parallel is supported for Linear (ColwiseParallel, "
+        "it is cut in a way whose per-sample gradients are not known: tensor parallel is supported for Linear "
+        "(ColwiseParallel, "
         "RowwiseParallel), Embedding (likewise), and layers whose parameters are copied. Leave it out of the plan for "
         "parallelize_module"
     )

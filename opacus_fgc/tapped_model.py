@@ -198,7 +198,6 @@ class TappedModel(OpacusHooks):
             self._constants,
             covered,
             self._tap_operation,
-            self._observe,
             self.batch_first,
             self._expansions,
             compiled,
@@ -318,7 +317,8 @@ class TappedModel(OpacusHooks):
     @contextmanager
     def undisturbed(self, module: nn.Module, inputs: Any) -> Iterator[None]:
         """A context for forwards of no consequence, after which random states, modes and the model's state are as before."""
-        with Entrance(module, *inputs, self._every_module).again(keep=True), restored(self._module):
+        args, kwargs = inputs
+        with Entrance(module, args, kwargs, self._every_module).again(keep=True), restored(self._module):
             yield
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
@@ -444,9 +444,6 @@ class TappedModel(OpacusHooks):
                 path, f"operation '{function}' on {path}", f"({function})", sampler, own, receive
             )
         return self._tap(key, self._operations[key], output, (args, kwargs), axis, lambda outputs, axis: op)
-
-    def _observe(self, name: str, output: Tensor, axis: int) -> None:
-        pass
 
     def _tap(
         self,

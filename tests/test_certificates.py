@@ -1,4 +1,4 @@
-"""Samples that touch each other, rows of unknown samples, gradients that are not linear: proven or refused, from the definition."""
+"""Samples that touch each other, rows of unknown samples, gradients that are not linear: proven or refused."""
 
 from __future__ import annotations
 

@@ -137,8 +137,10 @@ def _one_by_one(
         _REPEATING.reset(again)
     if not all(map(torch.equal, generators, _random_states(backprops[0].device))):
         raise NotImplementedError(
-            "it has no norm sampler, and it draws random numbers, so that it cannot be repeated on one sample at a time. Put what "
-            "draws them (dropout) into a module of its own, or register a norm sampler for it (opacus_fgc.register_norm_sampler)"
+            "it has no norm sampler, and it draws random numbers, so that it cannot be repeated on one sample at a time. Put "
+            "what "
+            "draws them (dropout) into a module of its own, or register a norm sampler for it "
+            "(opacus_fgc.register_norm_sampler)"
         )
     stacked = {name: torch.stack(rows) for name, rows in gradients.items()}
     return stacked, [torch.stack(outputs) for outputs in zip(*several, strict=True)]
@@ -182,7 +184,8 @@ class Functorch:
     def _forms(self, layer: nn.Module, call: Call, backprops: tuple[Tensor, ...]) -> Forms:
         if any(isinstance(module, FSDPModule) for module in layer.modules()):
             raise NotImplementedError(
-                "it has no norm sampler, and torch.func cannot repeat what FSDP shards by itself. Register a norm sampler for it "
+                "it has no norm sampler, and torch.func cannot repeat what FSDP shards by itself. Register a norm sampler "
+                "for it "
                 "(opacus_fgc.register_norm_sampler), or call fully_shard on a module around it instead"
             )
         params = {name: param.detach() for name, param in layer.named_parameters() if param.requires_grad}

@@ -216,7 +216,7 @@ def with_batch_second(model: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for module in model.modules():
         stacked = isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder))
-        first = next(iter(module.layers), None) if stacked else module
+        first: Any = next(module.layers.children(), None) if stacked else module  # type: ignore[union-attr]
         is_layer = isinstance(first, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer))
         if is_layer and not first.self_attn.batch_first:
             found.update(module.modules())
