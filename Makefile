@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TOX := .venv/bin/tox
 
-.PHONY: bench bench-distributed demo distributed text test lint type clean
+.PHONY: bench bench-certificates bench-distributed demo distributed text test lint type clean
 
 demo: $(TOX)  ## private training on real data
 	$(TOX) run -q -e demo -- $(ARGS)
@@ -17,6 +17,9 @@ test: $(TOX)  ## all tests
 
 bench: $(TOX)  ## time and peak memory of a step, as ratios to the step without privacy
 	$(TOX) run -q -e bench -- $(ARGS)
+
+bench-certificates: $(TOX)  ## what it costs to prove that samples have gradients of their own
+	$(TOX) exec -q -e bench -- python benchmarks/certificates.py $(ARGS)
 
 bench-distributed: $(TOX)  ## time, bytes sent and memory of a step over several processes, likewise
 	$(TOX) run -q -e bench-distributed -- $(ARGS)
