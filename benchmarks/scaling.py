@@ -159,6 +159,8 @@ def _collectives(every: list[Layer], mesh: Mesh, way: str, batch: Batch) -> Iter
             # Five numbers that all ranks have to go by.
             yield Sent(all_gather(5 * 8, axis))
             if mesh.shard > 1 or mesh.tensor > 1:
+                # Whether certificates are due, are of something new, and with how many draws.
+                yield Sent(all_reduce(3 * 8, axis))
                 # Of which parameters to run a second pass; in it, of dropped samples.
                 yield Sent(all_reduce(8 * len(params), axis))
                 if way == "ghost":

@@ -635,7 +635,8 @@ def _incomparable(first: Forward, other: Forward, replacement: Replacement) -> s
 
 
 def _structure(forward: Forward) -> list[Any]:
-    return [(one.key, one.shape) for one in forward.seen]
+    samples = [None if one.samples is None else tuple(one.samples.tolist()) for one in forward.seen]
+    return [(one.key, one.shape, order) for one, order in zip(forward.seen, samples, strict=True)]
 
 
 def _differences(first: Forward, second: Forward) -> list[list[Tensor]]:
