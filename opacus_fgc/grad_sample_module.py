@@ -471,7 +471,9 @@ class GradSampleHooksFastGradientClipping(TappedModel):
     def __getstate__(self) -> dict[str, Any]:
         """What a file has of it: the model, and what it was made with; nothing of a step, which is private."""
         model = self._module
-        own = {id(param): nn.Parameter(param.detach(), param.requires_grad) for param in self._with_private_attributes()}
+        own = {
+            id(param): nn.Parameter(param.detach(), param.requires_grad) for param in self._with_private_attributes()
+        }
         if own:
             # The same tensors under other parameters.
             tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -491,8 +493,17 @@ class GradSampleHooksFastGradientClipping(TappedModel):
         vars(self).update(own)
 
     def _state(self, model: nn.Module) -> dict[str, Any]:
-        arguments = ("batch_first", "loss_reduction", "force_functorch", "max_grad_norm", "use_ghost_clipping", "nonfinite")
-        own = {name: getattr(self, name) for name in ("clipping", "dropped", "hooks_enabled", "grad_accumulation_allowed")}
+        arguments = (
+            "batch_first",
+            "loss_reduction",
+            "force_functorch",
+            "max_grad_norm",
+            "use_ghost_clipping",
+            "nonfinite",
+        )
+        own = {
+            name: getattr(self, name) for name in ("clipping", "dropped", "hooks_enabled", "grad_accumulation_allowed")
+        }
         if isinstance(self, nn.Module):
             own["training"] = self.training
         return {"model": model, "arguments": {name: getattr(self, name) for name in arguments}, "own": own}

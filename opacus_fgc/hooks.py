@@ -50,11 +50,13 @@ def _nothing() -> Callable[..., None]:
 
 
 def clear_copied(model: nn.Module) -> None:
-    """Takes off a model what it has in the place of another one's hooks.
+    """Takes off a model what it has in the place of another one's hooks, and what another one's step left in its parameters.
 
     Args:
         model: the model, a copy perhaps.
     """
+    for param in model.parameters():
+        vars(param).pop("summed_grad", None)
     for module in model.modules():
         for hooks, *flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),

@@ -42,7 +42,8 @@ class Unsharded:
     def watch(self) -> list[Any]:
         """Puts hooks on the FSDP modules; returns what takes them off."""
         before = [
-            module.register_forward_pre_hook(Hook(self._before), prepend=True, with_kwargs=True) for module in self._fsdp
+            module.register_forward_pre_hook(Hook(self._before), prepend=True, with_kwargs=True)
+            for module in self._fsdp
         ]
         return before + [module.register_forward_pre_hook(Hook(self._after), with_kwargs=True) for module in self._fsdp]
 

@@ -31,7 +31,15 @@ from opacus_fgc.independence import (
 )
 from opacus_fgc.layout import Layout
 from opacus_fgc.norm_samplers.functorch import Functorch, is_repeating
-from opacus_fgc.norm_samplers.lookup import ByOperation, Registered, Sampler, batch_axis, find_sampler, holds_only, with_batch_second
+from opacus_fgc.norm_samplers.lookup import (
+    ByOperation,
+    Registered,
+    Sampler,
+    batch_axis,
+    find_sampler,
+    holds_only,
+    with_batch_second,
+)
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
 from opacus_fgc.op_taps import Expansion, OpTaps
 from opacus_fgc.record import Record

@@ -67,7 +67,13 @@ class Product(torch.autograd.Function):
 
 class Hidden(Mixing):
     def forward(self, x: Tensor) -> Tensor:
-        return Product.apply(x, self.weight)
+        return Product.apply(x, self.weight) * torch.rand_like(x)
+
+
+class Doubled(nn.Linear):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return 2 * value if name == "weight" else value
 
 
 class Joining(Mixing):
@@ -150,11 +156,17 @@ CASES = {
         NotImplementedError,
         "mixes samples",
     ),
-    "parameter-hidden-from-everything": (
+    "parameter-hidden-from-everything-with-random-numbers": (
         lambda: nn.Sequential(nn.Linear(3, 3), Hidden()),
         [torch.ones(N, 3)],
         NotImplementedError,
-        r"layer '1' \(Hidden\).*torch.func cannot repeat it",
+        r"layer '1' \(Hidden\).*draws random numbers",
+    ),
+    "parameter-behind-a-property": (
+        lambda: nn.Sequential(Doubled(3, 3)),
+        [torch.ones(N, 3)],
+        NotImplementedError,
+        r"layer '0' \(Doubled\) gives another tensor than its parameter when asked for 'weight'",
     ),
     "parameter-joined-along-the-batch": (
         lambda: Apply(lambda m, x: m.a(x)[1:], a=Joining()),

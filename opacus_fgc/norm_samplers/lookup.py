@@ -131,7 +131,9 @@ def holds_only(layer: nn.Module, params: Mapping[str, Tensor]) -> bool:
     """
     own = layer._parameters
     there = all(param is None or param is params.get(name) for name, param in own.items())
-    return there and all(name in own for name in params) and not any(isinstance(v, Tensor) for v in vars(layer).values())
+    return (
+        there and all(name in own for name in params) and not any(isinstance(v, Tensor) for v in vars(layer).values())
+    )
 
 
 def _is_plain(layer: nn.Module) -> bool:
