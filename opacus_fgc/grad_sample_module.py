@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
     ) -> None:
         # All checks come before anything is changed.
         check_loss_reduction(loss_reduction)
-        if hasattr(m, "autograd_grad_sample_hooks"):
+        if getattr(m, "autograd_grad_sample_hooks", None):
             raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
         check_nonfinite(nonfinite)
         self.schedule = Schedule(certify)
@@ -627,6 +628,54 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             for param in self.trainable_parameters:
                 param.grad = None
 
+    # Copies and files
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a file has of it: the model, and what it was made with; nothing of a step, which is private."""
+        model = self._module
+        own = {
+            id(param): nn.Parameter(param.detach(), param.requires_grad) for param in self._with_private_attributes()
+        }
+        if own:
+            # The same tensors under other parameters.
+            tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+            model = copy.deepcopy(model, {**tensors, **own})
+        return self._state(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy with hooks and state of its own."""
+        other = memo[id(self)] = type(self).__new__(type(self))
+        other.__setstate__(copy.deepcopy(self._state(self._module), memo))
+        return other
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Wraps the model anew."""
+        own, arguments = state["own"], state["arguments"]
+        self.__init__(state["model"], strict=False, **arguments)  # type: ignore[misc]
+        self.__dict__.update(own)
+
+    def _state(self, model: nn.Module) -> dict[str, Any]:
+        arguments = (
+            "batch_first",
+            "loss_reduction",
+            "force_functorch",
+            "max_grad_norm",
+            "use_ghost_clipping",
+            "nonfinite",
+        )
+        own = {
+            name: getattr(self, name) for name in ("clipping", "dropped", "hooks_enabled", "grad_accumulation_allowed")
+        }
+        if isinstance(self, nn.Module):
+            own["training"] = self.training
+        given = {**{name: getattr(self, name) for name in arguments}, "certify": self.schedule.how}
+        return {"model": model, "arguments": given, "own": own}
+
+    def _with_private_attributes(self) -> list[Any]:
+        names = ("summed_grad", "_norm_sample")
+        params = self._module.parameters()
+        return [param for param in params if any(getattr(param, name, None) is not None for name in names)]
+
     def cleanup(self) -> None:
         """Takes everything off the model and its parameters that was put there."""
         super().cleanup()
@@ -683,8 +732,9 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
         >>> model.enable_hooks()                     # now in `summed_grad`
     """
 
+    @torch._disable_dynamo
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model.
+        """Calls the model. With `torch.compile` around it, it runs as it is: compile the model before it is wrapped.
 
         Raises:
             NotImplementedError: if an empty batch meets what tensor parallel cannot do with it.

@@ -186,12 +186,7 @@ class OpTaps(TorchFunctionMode):
         marked = self._constants.get(tensor) if marked is None else marked
         return (marked is not None and marked == tensor._version) or tensor in self.params or tensor in self._others
 
-    @staticmethod
-    def _is_copied(tensor: Tensor) -> bool:
-        """Whether a tensor is known to hold no data, though it has one row a sample."""
-        marked = getattr(tensor, "_copied_version", None)
-        return marked is not None and marked == tensor._version and not tensor.requires_grad
-
+    @torch._disable_dynamo
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -202,7 +197,7 @@ class OpTaps(TorchFunctionMode):
         if not shared:
             output = func(*args, **kwargs)
             if tensors:
-                return self._mark_constant(output) if all(map(self._is_copied, tensors)) else output
+                return self._mark_constant(output) if all(map(_is_copied, tensors)) else output
             if func.__name__ in _RANGES:
                 return self._mark(output)
             filled = func.__name__ in _FILLED and not output.requires_grad
@@ -210,7 +205,7 @@ class OpTaps(TorchFunctionMode):
         self._catch_again()
         if len(shared) < len(tensors) and not any(tensor.requires_grad for tensor in shared):
             output = func(*args, **kwargs)
-            constant = all(self._is_copied(tensor) or self.is_shared(tensor) for tensor in tensors)
+            constant = all(_is_copied(tensor) or self.is_shared(tensor) for tensor in tensors)
             return self._mark_constant(output) if constant else output
         try:
             if func.__name__ in _EXPANDING:
@@ -395,11 +390,10 @@ class OpTaps(TorchFunctionMode):
             return expansion.by_samples is True
         if expansion.by_samples is None and samples and not self._trying:
             raise NotImplementedError(
-                f"a tensor of shape {tuple(tensor.shape)}, computed from parameters or constants, is expanded to {rows} "
-                "rows, as "
-                "many as there are samples. Whether they are samples cannot be told, since the model runs on no other number "
-                "of "
-                "them. Let it take batches of any size, or leave the expanding to broadcasting"
+                f"a tensor of shape {tuple(tensor.shape)}, computed from parameters or constants, is expanded to {rows} rows, as "
+                "many as there are samples. Whether they are samples cannot be told, since the model runs on no other number of "
+                "them, or in another way when it is compiled. Let it take batches of any size, or leave the expanding to "
+                "broadcasting, and call torch.compile(model) before make_private"
             )
         return expansion.by_samples is not False
 
@@ -477,6 +471,12 @@ def _expansion(
     pattern = sizes[0] if sizes else next(iter(named.values()))
     several = list(sizes) if isinstance(pattern, int) else pattern.shape if isinstance(pattern, Tensor) else pattern
     return list(several)
+
+
+def _is_copied(tensor: Tensor) -> bool:
+    """Whether a tensor is known to hold no data, though it has one row a sample."""
+    marked = getattr(tensor, "_copied_version", None)
+    return marked is not None and marked == tensor._version and not tensor.requires_grad
 
 
 def _is_one(tensors: list[Tensor]) -> bool:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.axes import Axis, cut_rows, local
+from opacus_fgc.hooks import Hook
 from opacus_fgc.taps import Use, tensors_in
 
 
@@ -41,9 +42,10 @@ class Unsharded:
     def watch(self) -> list[Any]:
         """Puts hooks on the FSDP modules; returns what takes them off."""
         before = [
-            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True) for module in self._fsdp
+            module.register_forward_pre_hook(Hook(self._before), prepend=True, with_kwargs=True)
+            for module in self._fsdp
         ]
-        return before + [module.register_forward_pre_hook(self._after, with_kwargs=True) for module in self._fsdp]
+        return before + [module.register_forward_pre_hook(Hook(self._after), with_kwargs=True) for module in self._fsdp]
 
     # Hooks that are taken off in the middle of the model's call are still called, without keyword arguments.
 

@@ -22,6 +22,7 @@ from opacus_fgc.checks import describe, refuse_hidden_parameters, refuse_overlap
 from opacus_fgc.compiled import KeptBuffers
 from opacus_fgc.constants import constants_of
 from opacus_fgc.entrances import Entrance
+from opacus_fgc.hooks import Handles, Hook, clear_copied
 from opacus_fgc.layout import Layout
 from opacus_fgc.model_state import ModelState, restored
 from opacus_fgc.norm_samplers.functorch import Functorch, is_repeating
@@ -97,6 +98,7 @@ class TappedModel(OpacusHooks):
 
     def _prepare(self, model: nn.Module, force_functorch: bool) -> None:
         """Sets what `add_hooks` needs; raises if the model cannot be tapped."""
+        clear_copied(model)
         refuse_hidden_parameters(model)
         self.force_functorch = force_functorch
         self._overruled: dict[nn.Module, Sampler | ByOperation] = {}
@@ -124,6 +126,12 @@ class TappedModel(OpacusHooks):
             hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self._module.modules()
         )
 
+    def _look_for_compiled(self) -> None:
+        """Puts the hooks on anew if a part of the model was compiled since."""
+        if not self._compiled and self._is_compiled():
+            self.remove_hooks()
+            self.add_hooks()
+
     def _agree(self, model: nn.Module) -> None:
         """Has all layers of a parameter tapped in ways that do not see each other's uses."""
         before = None
@@ -144,10 +152,8 @@ class TappedModel(OpacusHooks):
         self, *, loss_reduction: str = "mean", batch_first: bool = True, force_functorch: bool = False
     ) -> None:
         """Puts the hooks on the model; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
-        handles: list[Any] = []
-        # Within a compiled module hooks are not to be traced, since they note what happens in each forward.
-        compiled = self._is_compiled()
-        plain: Callable[[Any], Any] = torch.compiler.disable if compiled else lambda hook: hook
+        handles: list[Any] = Handles()
+        compiled = self._compiled = self._is_compiled()
         if compiled:
             handles.append(KeptBuffers())
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = handles
@@ -174,12 +180,12 @@ class TappedModel(OpacusHooks):
         # Before `_enter` in this list, so after it in a call: it may run the model on its own.
         handles += self._unsharded.watch()
         for module in entrances:
-            handles.append(module.register_forward_pre_hook(plain(self._enter), prepend=True, with_kwargs=True))
-            handles.append(module.register_forward_hook(plain(self._leave), with_kwargs=True, always_call=True))
+            handles.append(module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True))
         for layer in self._layers:
             # First of all hooks, so that the tap sees what the layer itself returned.
             handles.append(
-                layer.register_forward_hook(plain(self.capture_activations_hook), prepend=True, with_kwargs=True)
+                layer.register_forward_hook(Hook(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
         named = self._unsharded.named_parameters(self._module)
         # As they are between two forwards.
@@ -204,8 +210,8 @@ class TappedModel(OpacusHooks):
         )
         for module in self._module.modules():
             if isinstance(module, DPRNNBase):
-                handles.append(module.register_forward_pre_hook(self._begin_packed))
-                handles.append(module.register_forward_hook(self._end_packed, always_call=True))
+                handles.append(module.register_forward_pre_hook(Hook(self._begin_packed)))
+                handles.append(module.register_forward_hook(Hook(self._end_packed), always_call=True))
         for param in every:
             self._ops.add(param, self._unsharded.of(param))
             if param.requires_grad:
@@ -251,6 +257,7 @@ class TappedModel(OpacusHooks):
         if self._outermost is _TRIAL:
             return
         if module is self._module:
+            self._look_for_compiled()
             # After an interrupt nobody has come to `_leave`.
             self._ops.leave()
             self._outermost = None

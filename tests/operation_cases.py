@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from tests.case import Apply, Case, Square, classes, floats, tokens
+from tests.case import Apply, Case, Square, classes, floats, frozen, tokens
 from tests.cases import LAYERS, OfTimeFirst, ScaleByOwn
 from tests.changed_cases import CHANGED
 
@@ -204,6 +204,180 @@ def checkpointed_cases() -> list[Case]:
         ),
     }
     return [Case(f"checkpointed-{name}", make, [floats(3, 4)], functorch=False) for name, make in makes.items()]
+
+
+class Fourier(nn.Module):
+    """Of a neural operator: the lowest modes of the spectrum, mixed over channels."""
+
+    def __init__(self, pairs: bool) -> None:
+        super().__init__()
+        weight = torch.randn(2, 3, 4, dtype=torch.complex128)
+        self.pairs = pairs
+        self.weight = nn.Parameter(torch.view_as_real(weight).clone() if pairs else weight)
+        self.filter = nn.Parameter(torch.randn(3, 4, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.fft.rfft(x)
+        weight = torch.view_as_complex(self.weight) if self.pairs else self.weight
+        modes = torch.einsum("nik,iok->nok", spectrum[..., :4], weight) * self.filter
+        return torch.fft.irfft(modes, n=x.shape[-1])
+
+
+def prompt_of_one_row(m: Apply, x: Tensor) -> Tensor:
+    ids = m.ids["first"].unsqueeze(0).expand(len(x), -1)
+    rows = m.project(m.prompt(ids[:1])).repeat(len(x), 1, 1)
+    return m.head(torch.cat([rows, x], 1).tanh())
+
+
+def first_row_of_a_prompt(m: Apply, x: Tensor) -> Tensor:
+    return m.head(x + m.prompt(m.ids["first"][None])[0].mean(0))
+
+
+def with_ids(model: nn.Module) -> nn.Module:
+    model.ids = {"first": torch.arange(3)}
+    return model
+
+
+def scaled_by_the_norm_of_a_product(m: Own, x: Tensor) -> Tensor:
+    update = m.up(m.down(torch.eye(4))).T
+    scale = m.magnitude / (m.base.weight + update.detach()).norm(dim=1).detach()
+    return scale * (m.base(x) + m.up(m.down(x)))
+
+
+def merged(m: Apply, x: Tensor) -> Tensor:
+    return F.linear(x, m.up.weight @ m.down.weight) + m.up(m.down(torch.eye(4))).square().mean()
+
+
+def hyper(m: Own, x: Tensor) -> Tensor:
+    weight = torch.zeros(3, 4)
+    weight[0] = m.p
+    weight[1:] = m.net(torch.ones(2, 2))
+    return F.linear(x, weight)
+
+
+def initial_state(m: Own, x: Tensor) -> Tensor:
+    inputs = m.a(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    state = m.p.expand(len(x), -1)
+    for step in inputs.unbind(1):
+        state = (step + m.b(state)).tanh()
+    return state
+
+
+class Relative(nn.Module):
+    """An index of relative positions in plain attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9))
+        self.q = nn.Linear(4, 4)
+        index = torch.arange(5)[:, None] - torch.arange(5) + 4
+        self.cached = [{"index": index}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        return (q @ q.mT + self.table[self.cached[0]["index"]]).softmax(-1) @ x
+
+
+def queries(copies: Callable[[Tensor, int], Tensor], batch_first: bool = True) -> nn.Module:
+    def forward(m: Own, x: Tensor) -> Tensor:
+        keys = x if batch_first else x.transpose(0, 1)
+        found = m.a(copies(m.p, len(x)), keys, keys)[0]
+        return m.head(found if batch_first else found.transpose(0, 1))
+
+    attention = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+    return Own(forward, {"p": (3, 4)}, a=attention, head=nn.Linear(4, 2))
+
+
+def with_mask_token(m: Own, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h[x[..., 0] > 0] = m.p
+    return h
+
+
+def with_time_first(m: Apply, x: Tensor) -> Tensor:
+    return m.a(x.transpose(0, 1)).transpose(0, 1)
+
+
+def shared_cases() -> list[Case]:
+    makes: dict[str, Callable[[], nn.Module]] = {
+        "prompt-of-one-row": lambda: with_ids(
+            Apply(prompt_of_one_row, prompt=nn.Embedding(3, 4), project=nn.Linear(4, 4), head=nn.Linear(4, 2))
+        ),
+        "first-row-of-a-prompt": lambda: with_ids(
+            Apply(first_row_of_a_prompt, prompt=nn.Embedding(3, 4), head=nn.Linear(4, 2))
+        ),
+        "scaled-by-a-norm": lambda: Own(
+            scaled_by_the_norm_of_a_product,
+            {"magnitude": (5,)},
+            base=frozen(nn.Linear(4, 5), "weight", "bias"),
+            down=nn.Linear(4, 2, bias=False),
+            up=nn.Linear(2, 5, bias=False),
+        ),
+        "hypernetwork": lambda: Own(hyper, {"p": (4,)}, net=nn.Linear(2, 4)),
+        "initial-state": lambda: Own(initial_state, {"p": (1, 4)}, a=nn.Linear(4, 4), b=nn.Linear(4, 4)),
+        "queries-repeated": lambda: queries(lambda p, n: p[:, None].repeat(1, n, 1), False),
+        "queries-repeated-by-element": lambda: queries(lambda p, n: p[None].repeat_interleave(n, 0)),
+        "queries-stacked": lambda: queries(lambda p, n: torch.stack([p] * n)),
+        "queries-stacked-second": lambda: queries(lambda p, n: torch.stack([p] * n, dim=1), False),
+        "queries-joined": lambda: queries(lambda p, n: torch.cat([p[None]] * n)),
+        "mask-token": lambda: Own(with_mask_token, {"p": (4,)}, a=nn.Linear(4, 4)),
+    }
+    return [
+        *(Case(f"shared-{name}", make, [floats(6, 4)], functorch=False) for name, make in makes.items()),
+        Case("shared-index", Relative, [floats(5, 4)]),
+        Case(
+            "merged",
+            lambda: Apply(merged, down=nn.Linear(4, 2, bias=False), up=nn.Linear(2, 3, bias=False)),
+            [floats(6, 4)],
+            functorch=False,
+        ),
+        Case("columns", lambda: Own(lambda m, x: (m.p @ x.T).T, {"p": (3, 4)}), [floats(4)]),
+        Case("column", lambda: Own(lambda m, x: torch.matmul(m.p, x.T)[:, None], {"p": (4,)}), [floats(4)]),
+        Case(
+            "transformer-with-time-first",
+            lambda: Apply(
+                with_time_first,
+                a=nn.TransformerEncoder(
+                    nn.TransformerEncoderLayer(4, 2, 8, 0.0), 2, nn.LayerNorm(4), enable_nested_tensor=False
+                ),
+            ),
+            [floats(3, 4)],
+            functorch=False,
+        ),
+    ]
+
+
+def complex_cases() -> list[Case]:
+    return [
+        Case("fourier-pairs", lambda: nn.Sequential(Fourier(True), nn.Linear(8, 2)), [floats(2, 8)]),
+        Case("fourier-complex", lambda: nn.Sequential(Fourier(False), nn.Linear(8, 2)), [floats(2, 8)]),
+        Case(
+            "complex-linear",
+            lambda: Apply(
+                lambda m, x: torch.view_as_real(m.a(torch.complex(x, x.square()))).flatten(1),
+                a=nn.Linear(4, 3, dtype=torch.complex128),
+            ),
+            [floats(4)],
+        ),
+    ]
+
+
+class HiddenProduct(torch.autograd.Function):
+    """An operation of somebody's own, which torch.func can do nothing with."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient * weight, (gradient * x).sum(0)
+
+
+def looked_at(m: Own, x: Tensor) -> Tensor:
+    return HiddenProduct.apply(x, m.p) if x.abs().max().item() >= 0 else x
 
 
 def repeated_token(m: Own, x: Tensor) -> Tensor:
@@ -471,6 +645,9 @@ OPERATIONS = [
     ),
     *attention_cases(),
     *checkpointed_cases(),
+    *shared_cases(),
+    *complex_cases(),
+    Case("hidden", lambda: nn.Sequential(nn.Linear(4, 4), Own(looked_at, {"p": (4,)})), [floats(4)], functorch=False),
 ]
 
 CASES = LAYERS + OPERATIONS + CHANGED

@@ -76,3 +76,37 @@ def test_setting_of_torch_is_given_back() -> None:
     del dropped
     gc.collect()
     assert torch._functorch.config.donated_buffer == before
+
+
+def as_a_whole(wrapped: nn.Module) -> nn.Module:
+    return torch.compile(wrapped, backend="aot_eager")
+
+
+def in_place(wrapped: nn.Module) -> nn.Module:
+    wrapped.compile(backend="eager")
+    return wrapped
+
+
+def its_blocks(wrapped: nn.Module) -> nn.Module:
+    of_blocks(wrapped._module)
+    return wrapped
+
+
+@pytest.mark.parametrize("compiled", [as_a_whole, in_place, its_blocks])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_compiled_after_it_was_wrapped(name: str, mode: str, compiled: Callable[[nn.Module], nn.Module]) -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    make, shape = MODELS[name]
+    model, x = make(), torch.randn(N, *shape)
+    oracle = reference(model, lambda output, _: output.square().sum(), (x,), x, N)
+    wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=oracle.total_norm().median().item())
+    forward = compiled(wrapped)
+    for _ in range(2):
+        MODES[mode](wrapped, forward(x).square().flatten(1).sum(1))
+        for path, wanted in oracle.clipped_sum(wrapped.max_grad_norm).items():
+            param = model.get_parameter(path)
+            torch.testing.assert_close(param.summed_grad, wanted, rtol=1e-10, atol=1e-10)
+            param.summed_grad = None
+        wrapped.clipped_sum.passes = 0

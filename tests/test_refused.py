@@ -51,6 +51,31 @@ class Averaging(Mixing):
         return (x * self.weight).mean()
 
 
+class Product(torch.autograd.Function):
+    """An operation of somebody's own, which nothing can look into."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return backprop * weight, (backprop * x).sum(0)
+
+
+class Hidden(Mixing):
+    def forward(self, x: Tensor) -> Tensor:
+        return Product.apply(x, self.weight) * torch.rand_like(x)
+
+
+class Doubled(nn.Linear):
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        return 2 * value if name == "weight" else value
+
+
 class Joining(Mixing):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.weight[None], x])
@@ -124,6 +149,18 @@ CASES = {
         [torch.arange(12.0).reshape(N, 3)],
         NotImplementedError,
         "mixes samples",
+    ),
+    "parameter-hidden-from-everything-with-random-numbers": (
+        lambda: nn.Sequential(nn.Linear(3, 3), Hidden()),
+        [torch.ones(N, 3)],
+        NotImplementedError,
+        r"layer '1' \(Hidden\).*draws random numbers",
+    ),
+    "parameter-behind-a-property": (
+        lambda: nn.Sequential(Doubled(3, 3)),
+        [torch.ones(N, 3)],
+        NotImplementedError,
+        r"layer '0' \(Doubled\) gives another tensor than its parameter when asked for 'weight'",
     ),
     "parameter-joined-along-the-batch": (
         lambda: Apply(lambda m, x: m.a(x)[1:], a=Joining()),

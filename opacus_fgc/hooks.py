@@ -1,0 +1,68 @@
+"""Hooks that stay where they are put: copies and files of a model come without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Hook:
+    """A hook on a module. In a copy of the module, or in what is loaded from a file, there is one that does nothing.
+
+    What it notes belongs to the module that it was put on; a copy that is to be trained gets hooks of its own.
+
+    Args:
+        function: what is called.
+    """
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        # It notes what happens in each forward; compiled, it would do so in the first one alone.
+        self._function = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function."""
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What it is in a copy."""
+        return _nothing, ()
+
+
+class Handles(list):
+    """The handles of the hooks on a module; a copy of the module has none of them."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What it is in a copy."""
+        return list, ()
+
+
+def does_nothing(*args: Any, **kwargs: Any) -> None:
+    """In a copy, in the place of a `Hook`."""
+
+
+def _nothing() -> Callable[..., None]:
+    return does_nothing
+
+
+def clear_copied(model: nn.Module) -> None:
+    """Takes off a model what it has in the place of another one's hooks, and what another one's step left in its parameters.
+
+    Args:
+        model: the model, a copy perhaps.
+    """
+    for param in model.parameters():
+        vars(param).pop("summed_grad", None)
+    for module in model.modules():
+        for hooks, *flags in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is does_nothing]:
+                del hooks[key]
+                for flag in flags:
+                    flag.pop(key, None)
