@@ -326,7 +326,8 @@ class OpTaps(TorchFunctionMode):
         """Whether the columns of a matrix of data are samples: ``weight @ x.T``."""
         size = self._batch_sizes[-1]
         matrices = first.dim() < 3 and second.dim() == 2
-        return size is not None and matrices and second.shape[1] == size != second.shape[0]
+        # Of a square one that is transposed the columns are taken for samples; backward proves it.
+        return matrices and second.shape[1] == size and (second.shape[0] != size or second.T.is_contiguous())
 
     def _product_of_columns(self, first: Tensor, second: Tensor) -> Tensor:
         if first.dim() == 1:
