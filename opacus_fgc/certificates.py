@@ -547,7 +547,10 @@ def check_independence(
         other, failed = _tried(run, replacement)
         why = failed if other is None else _incomparable(first, other, replacement)
         if on_all_ranks(not why):
-            break
+            assert other is not None
+            if on_all_ranks(not _rounds_otherwise(first, other, replacement, certified)):
+                break
+            continue
         # Another number of rows may come of lengths among the inputs, and failures of values that have no meaning.
         if not on_all_ranks(bool(failed) or replacement.vectors):
             other = None
@@ -606,6 +609,15 @@ def _compare_masks(
         suspects = _changed(first, other, shorter, certified, _rounding(first))
         error = _mixing_error(suspects[0], shorter) if suspects else None
     raise_on_all_ranks(error, on_all_ranks)
+
+
+def _rounds_otherwise(
+    first: Forward, other: Forward, replacement: Replacement, certified: Callable[[Any], bool]
+) -> bool:
+    """Whether other lengths of samples have rows computed in other groups, which round otherwise; what is more is mixing."""
+    if not replacement.numbers or not _changed(first, other, replacement, certified, None):
+        return False
+    return not _changed(first, other, replacement, certified, _rounding(first))
 
 
 def _rounding(forward: Forward) -> list[list[Tensor]]:

@@ -120,6 +120,7 @@ class Replacement:
         shorten: whether masks of chosen samples lose their last 1.
         opaque: what could not be looked into.
         masks: the paths of what has the values 0 and 1 only.
+        numbers: the paths of what has one whole number a sample, and was replaced.
         replaced: the paths of what was replaced.
     """
 
@@ -134,12 +135,13 @@ class Replacement:
     shorten: bool = False
     opaque: set[str] = field(default_factory=set)
     masks: set[str] = field(default_factory=set)
+    numbers: set[str] = field(default_factory=set)
     replaced: set[str] = field(default_factory=set)
 
     def __call__(self, tree: Any) -> Any:
         """A copy of the batch with the chosen samples replaced."""
         batch = copied(tree)
-        self.opaque, self.replaced, self.masks = set(), set(), set()
+        self.opaque, self.replaced, self.masks, self.numbers = set(), set(), set(), set()
         result = mapped(batch, self._change(one_row=True), "", self.opaque)
         if not self.replaced:
             # No tensor has a row a sample; perhaps some have several.
@@ -180,8 +182,10 @@ class Replacement:
                 if not self.shorten:
                     return UNCHANGED
                 new = _shortened(own) if own.dim() > 1 else new
-            elif not numbers and value.dim() == 1 and not self.vectors:
-                return UNCHANGED
+            elif not numbers and value.dim() == 1:
+                if not self.vectors:
+                    return UNCHANGED
+                self.numbers.add(path)
             elif numbers and self.factor != 1:
                 factor = self.factor if torch.finfo(value.dtype).max > 2.0**17 else self.factor / 256
                 enlarged = new * factor
