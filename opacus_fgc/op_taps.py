@@ -444,7 +444,8 @@ class _Again:
 
 def _checkpointing() -> _CheckpointFrame | None:
     """What the innermost checkpoint knows of itself, in a part of a forward that is to run again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(False)  # older torch does not tell
     cells = getattr(hooks[1], "__closure__", None) or () if hooks else ()
     frames = (cell.cell_contents for cell in cells)
     return next((frame for frame in frames if isinstance(frame, _CheckpointFrame)), None)
