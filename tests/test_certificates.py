@@ -24,6 +24,7 @@ from opacus_fgc.samples import Replacement, batch_size, mapped
 from tests.case import Apply, two_passes_by_hand
 from tests.reference import reference
 from tests.test_loss import wrapped
+from tests.test_refused import Product
 
 N, D = 6, 4
 
@@ -253,20 +254,6 @@ def test_hooks_on_parameters_are_refused(register: str, mode: str) -> None:
     getattr(model[1].weight, register)(lambda gradient: None)
     with pytest.raises(ValueError, match=r"1.weight has a gradient hook"):
         private(module(torch.randn(N, D))).backward()
-
-
-class Product(torch.autograd.Function):
-    """An operation of somebody's own, which nothing can look into, nor batch."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    def backward(ctx: Any, backprop: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return backprop * weight, (backprop * x).sum(0)
 
 
 class Hidden(nn.Module):
