@@ -120,11 +120,9 @@ class Schedule:
             raise ValueError(f"certify is {self.how!r}; it is 'always', 'thinning' or 'never'")
         if self.how == "never":
             warnings.warn(
-                "certify='never': nothing proves that each row that a layer works on belongs to one sample, nor that what is "
-                "computed "
-                "for a sample depends on that sample alone. If the model or the criterion mixes samples, one of them can "
-                "move the "
-                "clipped sum by any multiple of max_grad_norm, and nobody will notice",
+                "certify='never': nothing proves that each row that a layer works on belongs to one sample, nor that "
+                "what is computed for a sample depends on that sample alone. If the model or the criterion mixes "
+                "samples, one of them can move the clipped sum by any multiple of max_grad_norm, and nobody will notice",
                 stacklevel=4,
             )
 
@@ -276,19 +274,16 @@ def _owner_error(
     if _beyond(several - 8 * of_ones, 8 * of_ones, plain.half).any():
         return NotImplementedError(
             f"{layer} gets a gradient that is not linear in the loss: for 8 times the loss it is not 8 times as large. "
-            "Between this "
-            "layer and the loss there is a gradient hook, or an autograd.Function with a backward of its own, that clamps, "
-            "normalizes or the like, so that clipping a sample's loss does not clip its gradient. Remove it: each sample's "
-            "gradient "
-            "is clipped as a whole anyway"
+            "Between this layer and the loss there is a gradient hook, or an autograd.Function with a backward of its "
+            "own, that clamps, normalizes or the like, so that clipping a sample's loss does not clip its gradient. "
+            "Remove it: each sample's gradient is clipped as a whole anyway"
         )
     belongs = _owners_found(draws, of_ones, [one.sketches.get(key, of_ones) for one in weighted])
     if belongs is not None and len(belongs) == size:
         return NotImplementedError(
-            f"{layer}: its rows are not samples, in the order of their losses: row {rows[0]} belongs to the loss of sample "
-            f"{belongs[rows[0]]}. Something selects, regroups, sorts or shifts samples before or after this layer. Keep rows "
-            "and losses "
-            f"in the order of the batch, one row a sample. {PADDING}"
+            f"{layer}: its rows are not samples, in the order of their losses: row {rows[0]} belongs to the loss of "
+            f"sample {belongs[rows[0]]}. Something selects, regroups, sorts or shifts samples before or after this "
+            f"layer. Keep rows and losses in the order of the batch, one row a sample. {PADDING}"
         )
     if belongs is not None:
         return NotImplementedError(
@@ -308,22 +303,18 @@ def _owner_error(
             f"part in one row. If the batch lies on another axis there, let it lie on the first (see batch_first). {PADDING}"
         )
     return NotImplementedError(
-        f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the model, the "
-        "criterion, "
-        "or what is between this layer and the loss (a batch norm, a mean, a similarity or a shift over the batch; negatives "
-        "from "
-        "the batch; a term of the whole batch in each loss); or its rows are not samples (check batch_first). Then no sample "
-        "has a "
-        "gradient of its own. Let each sample's loss depend on that sample alone"
+        f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the "
+        "model, the criterion, or what is between this layer and the loss (a batch norm, a mean, a similarity or a "
+        "shift over the batch; negatives from the batch; a term of the whole batch in each loss); or its rows are not "
+        "samples (check batch_first). Then no sample has a gradient of its own. Let each sample's loss depend on that "
+        "sample alone"
     )
 
 
 PADDING = (
-    "Where samples have different numbers of rows (layer(x[mask]), tokens that are routed, graphs in one batch), pad them to "
-    "the same "
-    "number and use a mask. Where a batch is torch.cat of several views, call the layer once for each view, or put the views "
-    "on "
-    "an axis of their own in the model's forward, (N, K, ...)"
+    "Where samples have different numbers of rows (layer(x[mask]), tokens that are routed, graphs in one batch), pad "
+    "them to the same number and use a mask. Where a batch is torch.cat of several views, call the layer once for each "
+    "view, or put the views on an axis of their own in the model's forward, (N, K, ...)"
 )
 """What to do about layers whose rows are not the samples, or the same number of rows for each."""
 
@@ -557,11 +548,9 @@ def check_independence(
             break
     if other is None or why:
         raise NotImplementedError(
-            f"{name}: whether samples touch each other cannot be told: {why or 'it cannot be told on another rank'}. Nothing "
-            "may "
-            "depend on the other samples of a batch: not which layers are called, nor on what shapes. Pass the batch in "
-            "tensors (in "
-            "tuples, lists, dicts, dataclasses) that have one row a sample"
+            f"{name}: whether samples touch each other cannot be told: {why or 'it cannot be told on another rank'}. "
+            "Nothing may depend on the other samples of a batch: not which layers are called, nor on what shapes. "
+            "Pass the batch in tensors (in tuples, lists, dicts, dataclasses) that have one row a sample"
         )
     suspects = _changed(first, other, replacement, certified, None)
     if not on_all_ranks(not suspects):
@@ -664,13 +653,10 @@ def _differences(first: Forward, second: Forward) -> list[list[Tensor]]:
 
 def _mixing_error(where: Seen, replacement: Replacement) -> NotImplementedError:
     return NotImplementedError(
-        f"{where.name} gives a sample another value when other samples of the batch are replaced, so the model mixes samples "
-        "(by a batch "
-        "norm, or a mean or a shift over the batch or over ranks; in training mode, with random numbers, or without a "
-        "gradient). Then "
-        "no sample has a gradient of its own. Let what is computed for a sample depend on that sample alone. (Taken for "
-        "samples: "
-        f"{', '.join(sorted(replacement.replaced))}.)"
+        f"{where.name} gives a sample another value when other samples of the batch are replaced, so the model mixes "
+        "samples (by a batch norm, or a mean or a shift over the batch or over ranks; in training mode, with random "
+        "numbers, or without a gradient). Then no sample has a gradient of its own. Let what is computed for a sample "
+        f"depend on that sample alone. (Taken for samples: {', '.join(sorted(replacement.replaced))}.)"
     )
 
 
@@ -732,10 +718,8 @@ def _compare_states(
     if buffers:
         error = NotImplementedError(
             f"{name} changes its buffers {', '.join(buffers)} in forward, by what it is called on. They may carry one "
-            "sample's data to "
-            "another's output, and leave with the model without noise. Replace the layer "
-            "(opacus.validators.ModuleValidator.fix does "
-            "so for batch norms), or keep the data out of its buffers"
+            "sample's data to another's output, and leave with the model without noise. Replace the layer "
+            "(opacus.validators.ModuleValidator.fix does so for batch norms), or keep the data out of its buffers"
         )
     raise_on_all_ranks(error, on_all_ranks)
     if on_all_ranks(not differ):

@@ -278,9 +278,8 @@ class _Subject:
             model, criterion, hooks = copy.deepcopy((self.model, self.criterion, list(self.hooks)), memo)
         except Exception as error:
             raise ValueError(
-                f"the model or the criterion cannot be copied, and all is done on copies: {error}. A tensor that is left "
-                "from a "
-                "forward may be in it; check it as it is when it is made"
+                f"the model or the criterion cannot be copied, and all is done on copies: {error}. A tensor that is "
+                "left from a forward may be in it; check it as it is when it is made"
             ) from error
         for hook in hooks:
             hook.remove()

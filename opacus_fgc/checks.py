@@ -42,10 +42,9 @@ def refuse_running_statistics(model: nn.Module) -> None:
     for name, module in trainable_modules(model):
         if isinstance(module, _NormBase) and module.track_running_stats:
             raise PrivacyNotImplementedError(
-                f"{describe(name, module)} is trainable and keeps running statistics in its buffers, which carry one sample's "
-                "data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so), or freeze its "
-                "parameters "
-                "and put it in eval mode"
+                f"{describe(name, module)} is trainable and keeps running statistics in its buffers, which carry one "
+                "sample's data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so), or "
+                "freeze its parameters and put it in eval mode"
             )
 
 

@@ -90,11 +90,10 @@ def check_criterion(criterion: Any, loss_reduction: str, params: Collection[Tens
         own = [name for name, param in criterion.named_parameters() if param.requires_grad and id(param) not in theirs]
         if own:
             raise ValueError(
-                f"the criterion has weights of its own, {', '.join(own[:5])}, that require a gradient, and a private loss "
-                "gives "
-                "one to the parameters of the wrapped model alone. Make them a part of the module that make_private gets (a "
-                "module whose forward returns what the criterion computes of them), or freeze them "
-                "(criterion.requires_grad_(False))"
+                f"the criterion has weights of its own, {', '.join(own[:5])}, that require a gradient, and a private "
+                "loss gives one to the parameters of the wrapped model alone. Make them a part of the module that "
+                "make_private gets (a module whose forward returns what the criterion computes of them), or freeze "
+                "them (criterion.requires_grad_(False))"
             )
 
 
@@ -209,10 +208,9 @@ class _TorchCriterion:
         shapes = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
         if len({(len(shape), shape[:1]) for shape in shapes}) > 1:
             raise ValueError(
-                f"the criterion got shapes {' and '.join(map(str, shapes))}, which torch broadcasts, so that every sample's "
-                "loss "
-                "would be of all samples. Give it one shape: target.view_as(output), output.squeeze(1), or "
-                "target.expand_as(output) for a target that the samples share"
+                f"the criterion got shapes {' and '.join(map(str, shapes))}, which torch broadcasts, so that every "
+                "sample's loss would be of all samples. Give it one shape: target.view_as(output), output.squeeze(1), "
+                "or target.expand_as(output) for a target that the samples share"
             )
 
     def _counts(self, ones: Tensor, given: dict[str, Any]) -> Tensor:
@@ -404,22 +402,18 @@ def _one_at_a_time(criterion: Callable[..., Any], arguments: Arguments) -> Tenso
         raise
     except Exception as error:
         raise ValueError(
-            f"the criterion cannot be evaluated on one sample by itself: {error}. All that is the sample's has to be a row "
-            "of a "
-            "tensor among the criterion's arguments (outputs.logits, not an object that has them); or have it return one loss "
-            "for each sample (reduction='none')"
+            f"the criterion cannot be evaluated on one sample by itself: {error}. All that is the sample's has to be a "
+            "row of a tensor among the criterion's arguments (outputs.logits, not an object that has them); or have "
+            "it return one loss for each sample (reduction='none')"
         ) from error
     if losses.dim() != 1:
         raise ValueError("the criterion's result is not one number for one sample; return losses of shape (N,)")
     if depends_past([losses], rows):
         raise ValueError(
-            "the criterion brings in something with a gradient that is no row of its arguments, and that would be whole in "
-            "every "
-            "sample's loss: a loss of the batch that the model computed itself (outputs.loss), a term that it keeps "
-            "(model.kl), "
-            "weights. Give the criterion the logits, and all that it computes with, as arguments with one row a sample; or "
-            "have "
-            "it return one loss for each sample (reduction='none'). Weights of its own belong into the module, penalties on "
-            "weights into the optimizer (weight_decay)"
+            "the criterion brings in something with a gradient that is no row of its arguments, and that would be "
+            "whole in every sample's loss: a loss of the batch that the model computed itself (outputs.loss), a term "
+            "that it keeps (model.kl), weights. Give the criterion the logits, and all that it computes with, as "
+            "arguments with one row a sample; or have it return one loss for each sample (reduction='none'). Weights "
+            "of its own belong into the module, penalties on weights into the optimizer (weight_decay)"
         )
     return losses

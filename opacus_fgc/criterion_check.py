@@ -70,9 +70,8 @@ def _needs_graph(run: Callable[[], Any]) -> bool:
         except Exception as error:
             failure = error
     raise ValueError(
-        f"the criterion cannot be run again on the same batch to see whether its losses are of one sample each: {failure}. "
-        "Have "
-        "it compute with its arguments alone"
+        "the criterion cannot be run again on the same batch to see whether its losses are of one sample each: "
+        f"{failure}. Have it compute with its arguments alone"
     ) from failure
 
 
@@ -80,10 +79,9 @@ def _compare_losses(copies: Callable[[], Any], losses: Callable[..., Tensor], ev
     before = losses(everyone)
     if not _same(before, losses(everyone)).all():
         raise ValueError(
-            "the criterion gives other losses for the same batch and the same random numbers, so that it cannot be known "
-            "whether "
-            "they are of one sample each. Let it keep nothing from call to call, and use deterministic functions "
-            "(torch.use_deterministic_algorithms(True) finds others)"
+            "the criterion gives other losses for the same batch and the same random numbers, so that it cannot be "
+            "known whether they are of one sample each. Let it keep nothing from call to call, and use deterministic "
+            "functions (torch.use_deterministic_algorithms(True) finds others)"
         )
     largest, smallest = before.nan_to_num(-torch.inf).argmax(), before.nan_to_num(torch.inf).argmin()
     for bit in range((len(everyone) - 1).bit_length()):

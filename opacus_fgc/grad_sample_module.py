@@ -274,8 +274,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         if self.layout.forward_communicates:
             raise NotImplementedError(
                 "a loop with two passes by hand does not go with FSDP and tensor parallel; use a criterion from "
-                "make_private, or "
-                "DPLossFastGradientClipping"
+                "make_private, or DPLossFastGradientClipping"
             )
         coef = self.clipping.coefficients(self.get_norm_sample())
         if self.record is not None and self.record.in_half:
@@ -307,11 +306,10 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             self.record, self.per_sample_gradient_norms = record, norms
             if not torch.allclose(again, norms.to(again), rtol=1e-2):
                 raise ValueError(
-                    "the first backward() was of other losses than the second is to be of: its norms are not those of these "
-                    "losses. "
-                    f"With loss_reduction={self.loss_reduction!r} call "
-                    f"losses.{self.loss_reduction}().backward(retain_graph=True) "
-                    "first, and (coef * losses).sum().backward() second"
+                    "the first backward() was of other losses than the second is to be of: its norms are not those of "
+                    f"these losses. With loss_reduction={self.loss_reduction!r} call "
+                    f"losses.{self.loss_reduction}().backward(retain_graph=True) first, and (coef * "
+                    "losses).sum().backward() second"
                 )
         self._checked_by_hand = True
 
@@ -437,10 +435,9 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         hooked = [name for param, name in names.items() if _has_hooks(param)]
         if hooked:
             raise ValueError(
-                f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum after "
-                "clipping, or "
-                "not see it at all. Remove it; what it does can be done to the noisy gradient, before the step: "
-                "optimizer.original_optimizer.register_step_pre_hook(lambda *_: ...)"
+                f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum "
+                "after clipping, or not see it at all. Remove it; what it does can be done to the noisy gradient, "
+                "before the step: optimizer.original_optimizer.register_step_pre_hook(lambda *_: ...)"
             )
         reached = reached_by([loss_per_sample], map(self._unsharded.of, self.trainable_parameters), anchor=self._anchor)
         if reached.past:

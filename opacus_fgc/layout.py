@@ -430,9 +430,8 @@ class Layout:
             for name, numbers in zip(values, axis.gathered(own).T.tolist(), strict=True):
                 if len(set(numbers)) > 1:
                     raise ValueError(
-                        f"ranks disagree about {name}: {', '.join(f'{number:g}' for number in numbers)}. Every rank has to "
-                        "take "
-                        "the same steps, with the same arguments"
+                        f"ranks disagree about {name}: {', '.join(f'{number:g}' for number in numbers)}. Every rank "
+                        "has to take the same steps, with the same arguments"
                     )
 
     def common(self, secret: bytes) -> bytes:
@@ -470,8 +469,7 @@ def _refuse_other_wrappers(model: nn.Module) -> None:
         if replicated or isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, nn.DataParallel)):
             name = "replicate" if replicated else type(module).__name__
             raise NotImplementedError(
-                f"{name} reduces gradients before they are clipped and summed. Take the model out of it (model.module) and "
-                "wrap "
-                "that in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
+                f"{name} reduces gradients before they are clipped and summed. Take the model out of it (model.module) "
+                "and wrap that in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
                 "torch.distributed.fsdp.fully_shard on it"
             )

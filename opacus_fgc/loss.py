@@ -207,9 +207,8 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
             return loss.backward(*args[1:], **kwargs)
         if loss is not None and name in _HOOKS:
             raise NotImplementedError(
-                f"{name} of a private loss would be called with no gradient: backward() goes by one loss a sample. Hooks on "
-                "the "
-                "model's outputs are called"
+                f"{name} of a private loss would be called with no gradient: backward() goes by one loss a sample. "
+                "Hooks on the model's outputs are called"
             )
         if loss is not None and name in _OF_ONE_NUMBER and len(args) == 1:
             return loss
@@ -256,9 +255,8 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
         """
         if create_graph:
             raise NotImplementedError(
-                "create_graph=True: a clipped sum has no gradient of its own, since clipping and noise are no part of the "
-                "graph. "
-                "Leave it out"
+                "create_graph=True: a clipped sum has no gradient of its own, since clipping and noise are no part of "
+                "the graph. Leave it out"
             )
         if inputs is not None:
             raise NotImplementedError(
@@ -325,12 +323,11 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
             return other.loss_per_sample
         if isinstance(other, Tensor) and other.requires_grad:
             raise ValueError(
-                "a tensor with a gradient cannot be combined with a private loss, since it has no share for each sample. "
-                "What is "
-                "of the data comes from a criterion of make_private. What is not (a proximal term, a penalty on weights) is "
-                "public: its gradient is added after the noise, by a hook that optimizer.original_optimizer."
-                "register_step_pre_hook(hook) calls in each step, as in `param.grad += gradient` (of the mean loss, with "
-                "loss_reduction='mean')"
+                "a tensor with a gradient cannot be combined with a private loss, since it has no share for each "
+                "sample. What is of the data comes from a criterion of make_private. What is not (a proximal term, a "
+                "penalty on weights) is public: its gradient is added after the noise, by a hook that "
+                "optimizer.original_optimizer.register_step_pre_hook(hook) calls in each step, as in `param.grad += "
+                "gradient` (of the mean loss, with loss_reduction='mean')"
             )
         return other
 

@@ -109,9 +109,8 @@ class PrivacyEngine(OpacusPrivacyEngine):
             if self.secure_mode:
                 raise NotImplementedError(
                     f"secure_mode=True serves grad_sample_mode {' and '.join(map(repr, MODES))}; this is "
-                    f"{kwargs.get('grad_sample_mode', 'hooks')!r}. Pass one of the two, or use Opacus' own PrivacyEngine, "
-                    "which "
-                    "needs torchcsprng for it"
+                    f"{kwargs.get('grad_sample_mode', 'hooks')!r}. Pass one of the two, or use Opacus' own "
+                    "PrivacyEngine, which needs torchcsprng for it"
                 )
             return super().make_private(**kwargs)
         kwargs["grad_sample_mode"] = mode

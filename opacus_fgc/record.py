@@ -185,11 +185,10 @@ class Record:
                 self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
             if form.batch_size != self.batch_size:
                 raise ValueError(
-                    f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with trainable "
-                    "parameters "
-                    f"needs one row a sample, or as many for each, sample by sample. {TOKENS}. {PADDING}. Inputs that the "
-                    "batch shares, expand "
-                    "(`x.expand(batch_size, ...)`); and check batch_first"
+                    f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with "
+                    f"trainable parameters needs one row a sample, or as many for each, sample by sample. {TOKENS}. "
+                    f"{PADDING}. Inputs that the batch shares, expand (`x.expand(batch_size, ...)`); and check "
+                    "batch_first"
                 )
             if param in self._norms:
                 raise RuntimeError(

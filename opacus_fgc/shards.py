@@ -173,9 +173,8 @@ def _cuts_of_data(
         return None, None
     raise NotImplementedError(
         "it is cut in a way whose per-sample gradients are not known: tensor parallel is supported for Linear "
-        "(ColwiseParallel, "
-        "RowwiseParallel), Embedding (likewise), and layers whose parameters are copied. Leave it out of the plan for "
-        "parallelize_module"
+        "(ColwiseParallel, RowwiseParallel), Embedding (likewise), and layers whose parameters are copied. Leave it "
+        "out of the plan for parallelize_module"
     )
 
 

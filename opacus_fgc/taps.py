@@ -196,10 +196,9 @@ class Tap(torch.autograd.Function):
         """Shows the backprops and passes them on."""
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "create_graph=True in a backward through a private model: a gradient inside of a loss, as a gradient penalty "
-                "has "
-                "it, uses the weights a second time, where no per-sample norms are taken. Leave the penalty out (WGAN also "
-                "has weight clipping: clamp the weights after optimizer.step())"
+                "create_graph=True in a backward through a private model: a gradient inside of a loss, as a gradient "
+                "penalty has it, uses the weights a second time, where no per-sample norms are taken. Leave the "
+                "penalty out (WGAN also has weight clipping: clamp the weights after optimizer.step())"
             )
         pending = ctx.pending
         pending.receive(Call(pending, [activation.detach() for activation in ctx.saved_tensors]), backprops)
@@ -329,9 +328,8 @@ def reached_by(
                         (past if inner.variable in wanted else others[1]).add(inner.variable)
             elif type(node) is _REENTRANT_NODE:
                 raise NotImplementedError(
-                    "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is on "
-                    "them; "
-                    "pass use_reentrant=False"
+                    "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is "
+                    "on them; pass use_reentrant=False"
                 )
             elif _leaf(node) is not None:
                 (past if node.variable in wanted else others[behind]).add(node.variable)
