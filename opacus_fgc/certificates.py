@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.model_state import ModelState
 from opacus_fgc.precision import full_precision
 from opacus_fgc.samples import Replacement
@@ -256,7 +257,7 @@ def raise_on_all_ranks(error: Exception | None, on_all_ranks: Callable[[bool], b
     """Raises an error, or another one if there is one on another rank."""
     if on_all_ranks(error is None):
         return
-    raise error or NotImplementedError("another rank refuses the model; see its error")
+    raise error or PrivacyNotImplementedError("another rank refuses the model; see its error")
 
 
 def _owner_error(
@@ -272,7 +273,7 @@ def _owner_error(
     layer, of_ones = describe(key.call), plain.sketches[key]
     several = doubled.sketches.get(key, of_ones)
     if _beyond(several - 8 * of_ones, 8 * of_ones, plain.half).any():
-        return NotImplementedError(
+        return PrivacyNotImplementedError(
             f"{layer} gets a gradient that is not linear in the loss: for 8 times the loss it is not 8 times as large. "
             "Between this layer and the loss there is a gradient hook, or an autograd.Function with a backward of its "
             "own, that clamps, normalizes or the like, so that clipping a sample's loss does not clip its gradient. "
@@ -280,29 +281,29 @@ def _owner_error(
         )
     belongs = _owners_found(draws, of_ones, [one.sketches.get(key, of_ones) for one in weighted])
     if belongs is not None and len(belongs) == size:
-        return NotImplementedError(
+        return PrivacyNotImplementedError(
             f"{layer}: its rows are not samples, in the order of their losses: row {rows[0]} belongs to the loss of "
             f"sample {belongs[rows[0]]}. Something selects, regroups, sorts or shifts samples before or after this "
             f"layer. Keep rows and losses in the order of the batch, one row a sample. {PADDING}"
         )
     if belongs is not None:
-        return NotImplementedError(
+        return PrivacyNotImplementedError(
             f"{layer}: its rows are not samples: it was called on {len(belongs)} rows for {size} samples, and they do not "
             "follow each "
             f"other sample by sample, as many for each: row {rows[0]} belongs to sample {belongs[rows[0]]}. {PADDING}"
         )
     if size > len(of_ones) and size % len(of_ones) == 0:
-        return ValueError(
+        return PrivacyValueError(
             f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows, and there are {size} losses. "
             f"{TOKENS}. {PADDING}"
         )
     if len(of_ones) % size:
-        return NotImplementedError(
+        return PrivacyNotImplementedError(
             f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows for {size} samples, and several of "
             "these have a "
             f"part in one row. If the batch lies on another axis there, let it lie on the first (see batch_first). {PADDING}"
         )
-    return NotImplementedError(
+    return PrivacyNotImplementedError(
         f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the "
         "model, the criterion, or what is between this layer and the loss (a batch norm, a mean, a similarity or a "
         "shift over the batch; negatives from the batch; a term of the whole batch in each loss); or its rows are not "
@@ -526,7 +527,7 @@ def check_independence(
             return
     first, why = _tried(run, None)
     raise_on_all_ranks(
-        NotImplementedError(
+        PrivacyNotImplementedError(
             f"{name}: whether samples touch each other cannot be told: the forward cannot be run again: {why}"
         )
         if first is None
@@ -547,7 +548,7 @@ def check_independence(
             other = None
             break
     if other is None or why:
-        raise NotImplementedError(
+        raise PrivacyNotImplementedError(
             f"{name}: whether samples touch each other cannot be told: {why or 'it cannot be told on another rank'}. "
             "Nothing may depend on the other samples of a batch: not which layers are called, nor on what shapes. "
             "Pass the batch in tensors (in tuples, lists, dicts, dataclasses) that have one row a sample"
@@ -652,7 +653,7 @@ def _differences(first: Forward, second: Forward) -> list[list[Tensor]]:
 
 
 def _mixing_error(where: Seen, replacement: Replacement) -> NotImplementedError:
-    return NotImplementedError(
+    return PrivacyNotImplementedError(
         f"{where.name} gives a sample another value when other samples of the batch are replaced, so the model mixes "
         "samples (by a batch norm, or a mean or a shift over the batch or over ranks; in training mode, with random "
         "numbers, or without a gradient). Then no sample has a gradient of its own. Let what is computed for a sample "
@@ -716,7 +717,7 @@ def _compare_states(
     buffers = sorted(differ & (first.after.buffers | other.after.buffers))
     error = None
     if buffers:
-        error = NotImplementedError(
+        error = PrivacyNotImplementedError(
             f"{name} changes its buffers {', '.join(buffers)} in forward, by what it is called on. They may carry one "
             "sample's data to another's output, and leave with the model without noise. Replace the layer "
             "(opacus.validators.ModuleValidator.fix does so for batch norms), or keep the data out of its buffers"
@@ -732,7 +733,7 @@ def _compare_states(
         for a, b in zip(x.sketches, y.sketches, strict=True)
     )
     if not same:
-        error = NotImplementedError(
+        error = PrivacyNotImplementedError(
             f"{name} keeps what it computes from a batch in {', '.join(sorted(differ))}, and its next forward depends on "
             "that, so that it "
             "mixes samples of several batches. Reset it before each forward, or pass it as an argument"

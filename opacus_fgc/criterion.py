@@ -17,6 +17,7 @@ from opacus_fgc.certificates import OUT_OF_MEMORY
 from opacus_fgc.checks import check_loss_reduction
 from opacus_fgc.criterion_arguments import Arguments
 from opacus_fgc.criterion_check import check_independent_losses, check_reduced_loss
+from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.taps import depends_past
 
 
@@ -315,7 +316,7 @@ class SampleLosses:
 
         if returns_losses or run is _unreduced:
             if not returns_losses:
-                raise ValueError(
+                raise PrivacyValueError(
                     "the criterion returned one value for all, from which no sample's loss follows; have it return its losses "
                     "without reduction"
                 )
@@ -407,9 +408,9 @@ def _one_at_a_time(criterion: Callable[..., Any], arguments: Arguments) -> Tenso
             "it return one loss for each sample (reduction='none')"
         ) from error
     if losses.dim() != 1:
-        raise ValueError("the criterion's result is not one number for one sample; return losses of shape (N,)")
+        raise PrivacyValueError("the criterion's result is not one number for one sample; return losses of shape (N,)")
     if depends_past([losses], rows):
-        raise ValueError(
+        raise PrivacyValueError(
             "the criterion brings in something with a gradient that is no row of its arguments, and that would be "
             "whole in every sample's loss: a loss of the batch that the model computed itself (outputs.loss), a term "
             "that it keeps (model.kl), weights. Give the criterion the logits, and all that it computes with, as "

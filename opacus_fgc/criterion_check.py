@@ -15,6 +15,7 @@ from torch import Tensor
 from opacus_fgc.certificates import OUT_OF_MEMORY
 from opacus_fgc.criterion_arguments import Arguments
 from opacus_fgc.entrances import RandomStates
+from opacus_fgc.errors import PrivacyValueError
 
 Evaluate = Callable[[Any, Arguments], Tensor]
 
@@ -69,7 +70,7 @@ def _needs_graph(run: Callable[[], Any]) -> bool:
             raise
         except Exception as error:
             failure = error
-    raise ValueError(
+    raise PrivacyValueError(
         "the criterion cannot be run again on the same batch to see whether its losses are of one sample each: "
         f"{failure}. Have it compute with its arguments alone"
     ) from failure
@@ -78,7 +79,7 @@ def _needs_graph(run: Callable[[], Any]) -> bool:
 def _compare_losses(copies: Callable[[], Any], losses: Callable[..., Tensor], everyone: Tensor) -> None:
     before = losses(everyone)
     if not _same(before, losses(everyone)).all():
-        raise ValueError(
+        raise PrivacyValueError(
             "the criterion gives other losses for the same batch and the same random numbers, so that it cannot be "
             "known whether they are of one sample each. Let it keep nothing from call to call, and use deterministic "
             "functions (torch.use_deterministic_algorithms(True) finds others)"
@@ -89,7 +90,7 @@ def _compare_losses(copies: Callable[[], Any], losses: Callable[..., Tensor], ev
         for stays, other in ((first, largest), (~first, smallest), (first, smallest), (~first, largest)):
             after = losses(torch.where(stays, everyone, other))
             if (stays & ~_same(before, after)).any():
-                raise ValueError(
+                raise PrivacyValueError(
                     "the criterion's loss of a sample depends on the other samples of the batch: it changes when others are "
                     f"replaced. {_WHAT_TO_DO}"
                 )
@@ -104,7 +105,7 @@ def _check_memory(
     losses(after_one, everyone)
     losses(after_other, other.expand_as(everyone))
     if not _same(losses(after_one, everyone), losses(after_other, everyone)).all():
-        raise ValueError(
+        raise PrivacyValueError(
             "the criterion's losses depend on the batches before (a queue of negatives, a running mean), whose samples would "
             "move later sums without a bound. Let it keep nothing of the data from call to call"
         )
@@ -143,7 +144,7 @@ def check_reduced_loss(copies: Callable[[], Any], evaluate: Evaluate, arguments:
         except (RuntimeError, TypeError) as error:
             # A criterion may have tensors of one type with it.
             failure = error
-    raise ValueError(
+    raise PrivacyValueError(
         f"the criterion cannot be run again on the same batch to see what a sample counts in it: {failure}. Have it compute "
         "with its arguments alone, or return one loss for each sample (reduction='none')"
     ) from failure
@@ -188,7 +189,7 @@ def _compare_counts(first: Tensor, second: Tensor | None, tolerance: float, what
 
 
 def _not_of_samples(why: str) -> ValueError:
-    return ValueError(
+    return PrivacyValueError(
         f"the criterion's value for the batch is no weighted sum of what it gives for each sample by itself: {why}. "
         f"{_WHAT_TO_DO}. If each sample does have a loss of its own, have the criterion return one loss for each sample "
         "(reduction='none')"
@@ -206,7 +207,7 @@ def _counts(copies: Callable[[], Any], evaluate: Evaluate, taken: Arguments, tol
         if not torch.isfinite(value):
             return None
         if not torch.isclose(value, again, rtol=tolerance, atol=0.0):
-            raise ValueError(
+            raise PrivacyValueError(
                 "the criterion draws random numbers, or is another in each run, so that its value for the batch cannot be "
                 "compared with those of the samples by themselves. Have it return one loss for each sample (reduction='none')"
             )

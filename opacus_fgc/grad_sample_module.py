@@ -20,7 +20,7 @@ from opacus_fgc.certified_model import CertifiedModel
 from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
 from opacus_fgc.clipped_sum import ClippedSum
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.errors import located
+from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError, located
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
@@ -133,7 +133,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 self._open_record()
             assert self.record is not None
             if self.record.step is not None and not call.is_first_shown_to(self.record.step):
-                raise RuntimeError(
+                raise PrivacyRuntimeError(
                     f"{self._tapped(module).name}: a second backward() through one forward, in which each sample would be "
                     "clipped, and count, twice. Add the losses and call backward() once, or call the model again"
                 )
@@ -253,7 +253,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         for module, uses in self.record.unfinished():
             if self.layout.reshards:
                 self.record = None
-                raise NotImplementedError(
+                raise PrivacyNotImplementedError(
                     f"{self._tapped(module).name} was called more often than the loss depends on it, and under FSDP its "
                     "parameters are gone when that is known. Run forwards that are not part of the loss under "
                     "torch.no_grad(), and call backward() for each forward before the next"
@@ -278,7 +278,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             )
         coef = self.clipping.coefficients(self.get_norm_sample())
         if self.record is not None and self.record.in_half:
-            raise NotImplementedError(
+            raise PrivacyNotImplementedError(
                 "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
                 "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
                 "DPLossFastGradientClipping; or train in float32"
@@ -293,7 +293,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             # They broadcast; `enable_hooks` refuses what comes of that.
             return
         if record is None or self._second_pass is None:
-            raise RuntimeError(
+            raise PrivacyRuntimeError(
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )
         reached = self._check_trainable(losses)
@@ -305,7 +305,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 again = self.get_norm_sample()
             self.record, self.per_sample_gradient_norms = record, norms
             if not torch.allclose(again, norms.to(again), rtol=1e-2):
-                raise ValueError(
+                raise PrivacyValueError(
                     "the first backward() was of other losses than the second is to be of: its norms are not those of "
                     f"these losses. With loss_reduction={self.loss_reduction!r} call "
                     f"losses.{self.loss_reduction}().backward(retain_graph=True) first, and (coef * "
@@ -394,7 +394,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         if not bad:
             return self.clipping.coefficients(norms)
         if self.nonfinite == "error":
-            raise ValueError(
+            raise PrivacyValueError(
                 f"the gradients of {bad} of {len(norms)} samples have inf or NaN in them, which no factor can clip; it shows "
                 f"first in {self._where_not_finite()}. Remove these samples from the data, lower the learning rate if the "
                 "weights have diverged, or pass nonfinite='drop', with which such samples contribute nothing"
@@ -434,7 +434,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             )
         hooked = [name for param, name in names.items() if _has_hooks(param)]
         if hooked:
-            raise ValueError(
+            raise PrivacyValueError(
                 f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum "
                 "after clipping, or not see it at all. Remove it; what it does can be done to the noisy gradient, "
                 "before the step: optimizer.original_optimizer.register_step_pre_hook(lambda *_: ...)"
@@ -442,7 +442,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         reached = reached_by([loss_per_sample], map(self._unsharded.of, self.trainable_parameters), anchor=self._anchor)
         if reached.past:
             past = map(self._unsharded.parameter, reached.past)
-            raise ValueError(
+            raise PrivacyValueError(
                 f"the loss depends on {', '.join(sorted(names[param] for param in past))} past the layer that has it, so "
                 "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
                 "put penalties on weights into the optimizer (weight_decay)"
@@ -471,7 +471,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         given = [leaf for leaf in outside if brought.get(leaf) and not isinstance(leaf, nn.Parameter)]
         if len(given) < len(outside):
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in outside[:5] if leaf not in given)
-            raise ValueError(
+            raise PrivacyValueError(
                 "the loss depends on tensors that require a gradient and are outside of the wrapped model, of shapes "
                 f"{shapes}; "
                 "a private loss would give them none, since they would be neither clipped nor noised. Make what learns from "
@@ -508,7 +508,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
     def check_accumulation(self) -> None:
         """Raises a ValueError if one more clipped backward pass may not be added to what is there."""
         if self.clipped_sum.passes and not self.grad_accumulation_allowed:
-            raise ValueError(
+            raise PrivacyValueError(
                 "a second backward() before optimizer.step(): under Poisson sampling every batch is one step. Call "
                 "optimizer.step() and optimizer.zero_grad() for each batch; add losses of the same samples up, (loss + other)."
                 "backward(); to split large batches use opacus.utils.batch_memory_manager.BatchMemoryManager"
@@ -615,7 +615,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         checked, self._checked_by_hand = self._checked_by_hand, False
         if collected:
             if not checked:
-                raise ValueError(
+                raise PrivacyValueError(
                     "a second pass whose losses are not known: multiply the losses with what get_clipping_coef() returned, "
                     "(coef * losses).sum().backward(), where both have the same shape, one value a sample"
                 )

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from opacus_fgc.axes import Axis, cut_rows, groups, is_cut, like, local
 from opacus_fgc.checks import describe
+from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.precision import widened
 from opacus_fgc.sums import AddNoise, NoisySum, ScatteredSum, buckets, one_ahead
 from opacus_fgc.taps import tensors_in
@@ -192,7 +193,7 @@ class Layout:
                 same = torch.allclose(norms_of_param, result[param].expand_as(norms_of_param), 1e-2, equal_nan=True)
                 # The second number may have cancelled; the first is its scale.
                 if not same or ((mark - mark[0]).abs() > 1e-3 * mark[0, 0]).any():
-                    raise ValueError(
+                    raise PrivacyValueError(
                         f"{self._names[param]} has gradients of other norms, or of other activations, on other ranks of its "
                         "tensor-parallel group, though it is copied: each rank seems to use it on a part of a sample (by "
                         "sequence parallel). Put its layer into the plan for parallelize_module, so that its inputs are "
@@ -243,7 +244,7 @@ class Layout:
                 tolerance = eps if eps > 1e-4 else 100 * eps
                 same = torch.allclose(every, every[:1].expand_as(every), rtol=tolerance, atol=tolerance, equal_nan=True)
             if not same:
-                raise ValueError(
+                raise PrivacyValueError(
                     "ranks of one tensor-parallel group have different losses, so that their parts of a gradient would be of "
                     "different samples. Give them the same batches (make_private does so under Poisson sampling) and the same "
                     "random numbers in augmentation and dropout (torch.manual_seed)"
@@ -468,7 +469,7 @@ def _refuse_other_wrappers(model: nn.Module) -> None:
         replicated = "replicate" in (_get_registry(module) or {})
         if replicated or isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, nn.DataParallel)):
             name = "replicate" if replicated else type(module).__name__
-            raise NotImplementedError(
+            raise PrivacyNotImplementedError(
                 f"{name} reduces gradients before they are clipped and summed. Take the model out of it (model.module) "
                 "and wrap that in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
                 "torch.distributed.fsdp.fully_shard on it"

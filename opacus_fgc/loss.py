@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.checks import check_loss_reduction
 from opacus_fgc.criterion import SampleLosses, check_criterion
+from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.planner import MEMORY, Keep
@@ -106,7 +107,7 @@ class _NotClipped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         """Refuses."""
-        raise RuntimeError(_NOT_CLIPPED)
+        raise PrivacyRuntimeError(_NOT_CLIPPED)
 
 
 _LINEAR = {
@@ -201,7 +202,7 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
         if func is torch.autograd.backward:
             return _backward_of_all(*args, **kwargs)
         if func is torch.autograd.grad:
-            raise RuntimeError(_NOT_CLIPPED)
+            raise PrivacyRuntimeError(_NOT_CLIPPED)
         loss = args[0] if args and isinstance(args[0], cls) else None
         if loss is not None and func is Tensor.backward:
             return loss.backward(*args[1:], **kwargs)
@@ -215,7 +216,7 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
         if loss is not None and name in _OF_EACH:
             return loss._with(func(loss.loss_per_sample, *args[1:], **kwargs))
         if loss is not None and name.endswith("_") and not name.endswith("__"):
-            raise NotImplementedError(
+            raise PrivacyNotImplementedError(
                 f"{name} would change a private loss in place, and not the losses of the samples; write loss = loss + ..., "
                 "loss = loss * ... and the like"
             )
@@ -254,7 +255,7 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
             RuntimeError: if the loss does not depend on the wrapped model.
         """
         if create_graph:
-            raise NotImplementedError(
+            raise PrivacyNotImplementedError(
                 "create_graph=True: a clipped sum has no gradient of its own, since clipping and noise are no part of "
                 "the graph. Leave it out"
             )
@@ -322,7 +323,7 @@ class DPTensorFastGradientClipping(OpacusTensor, Tensor):
                 )
             return other.loss_per_sample
         if isinstance(other, Tensor) and other.requires_grad:
-            raise ValueError(
+            raise PrivacyValueError(
                 "a tensor with a gradient cannot be combined with a private loss, since it has no share for each "
                 "sample. What is of the data comes from a criterion of make_private. What is not (a proximal term, a "
                 "penalty on weights) is public: its gradient is added after the noise, by a hook that "

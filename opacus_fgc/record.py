@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opacus_fgc.axes import local
 from opacus_fgc.certificates import PADDING, TOKENS
+from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.planner import Budget, Room
 from opacus_fgc.precision import full_precision, is_half, widened
@@ -184,14 +185,14 @@ class Record:
             if self.batch_size is None:
                 self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
             if form.batch_size != self.batch_size:
-                raise ValueError(
+                raise PrivacyValueError(
                     f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with "
                     f"trainable parameters needs one row a sample, or as many for each, sample by sample. {TOKENS}. "
                     f"{PADDING}. Inputs that the batch shares, expand (`x.expand(batch_size, ...)`); and check "
                     "batch_first"
                 )
             if param in self._norms:
-                raise RuntimeError(
+                raise PrivacyRuntimeError(
                     "a use of its parameter came back after the parameter's norm was taken. Do not mix the "
                     "graphs of several forwards with a backward between them in one loss"
                 )

@@ -22,6 +22,7 @@ from opacus_fgc.checks import describe, refuse_hidden_parameters, refuse_overlap
 from opacus_fgc.compiled import KeptBuffers
 from opacus_fgc.constants import constants_of
 from opacus_fgc.entrances import Entrance
+from opacus_fgc.errors import located
 from opacus_fgc.hooks import Handles, Hook, clear_copied
 from opacus_fgc.layout import Layout
 from opacus_fgc.model_state import ModelState, restored
@@ -480,7 +481,7 @@ class TappedModel(OpacusHooks):
                 output, *inputs, self._anchor, seen, layer.receive, axis, fingerprint, self._samples, key, entrance
             )
         except NotImplementedError as error:
-            raise NotImplementedError(f"{layer.name}: {error}") from error
+            raise located(error, layer.name) from error
 
     def _look_at(
         self, observations: Observations, key: Any, layer: Tapped, output: Any, inputs: Any, axis: int

@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBa
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
+from opacus_fgc.errors import PrivacyNotImplementedError
 from opacus_fgc.routes import moves_rows
 
 
@@ -195,7 +196,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *backprops: Tensor) -> tuple[Tensor | None, ...]:
         """Shows the backprops and passes them on."""
         if torch.is_grad_enabled():
-            raise NotImplementedError(
+            raise PrivacyNotImplementedError(
                 "create_graph=True in a backward through a private model: a gradient inside of a loss, as a gradient "
                 "penalty has it, uses the weights a second time, where no per-sample norms are taken. Leave the "
                 "penalty out (WGAN also has weight clipping: clamp the weights after optimizer.step())"
@@ -327,7 +328,7 @@ def reached_by(
                     elif _leaf(inner) is not None and not node.pending.stands_for(inner.variable):
                         (past if inner.variable in wanted else others[1]).add(inner.variable)
             elif type(node) is _REENTRANT_NODE:
-                raise NotImplementedError(
+                raise PrivacyNotImplementedError(
                     "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is "
                     "on them; pass use_reentrant=False"
                 )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_fgc import GradSampleModuleFastGradientClipping, PrivacyError, register_norm_sampler
+from opacus_fgc import GradSampleModuleFastGradientClipping, PrivacyEngine, PrivacyError, register_norm_sampler
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError, located
 from opacus_fgc.norm_samplers import NORM_SAMPLERS
+from opacus_fgc.privacy_engine import MODES
+from tests.case import Apply
 
 
 @pytest.mark.parametrize(
@@ -82,3 +87,65 @@ def test_error_of_a_sampler() -> None:
         assert isinstance(error.value.__cause__.__cause__, KeyError)
     finally:
         del NORM_SAMPLERS[Layer]
+
+
+class BatchMean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.layer(x)
+        return output - output.mean(0)
+
+
+def mixing_model(mode: str) -> None:
+    wrapped = GradSampleModuleFastGradientClipping(BatchMean())
+    MODES[mode](wrapped, wrapped(torch.randn(4, 4)).square().sum(1))
+
+
+def detached_statistic(mode: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), Apply(lambda _, x: x / x.detach().std()))
+    wrapped = GradSampleModuleFastGradientClipping(model)
+    MODES[mode](wrapped, wrapped(torch.randn(4, 4)).square().sum(1))
+
+
+def weight_penalty(mode: str) -> None:
+    model = nn.Linear(4, 3)
+    wrapped = GradSampleModuleFastGradientClipping(model)
+    MODES[mode](wrapped, wrapped(torch.randn(4, 4)).square().sum(1) + model.weight.square().sum())
+
+
+def criterion_of_the_batch(mode: str) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(torch.randn(8, 4), torch.randn(8, 3))
+    wrapped, optimizer, criterion, _ = PrivacyEngine().make_private(
+        module=model,
+        optimizer=optimizer,
+        data_loader=DataLoader(data, batch_size=4),
+        criterion=lambda output, target: ((output - target) / output.detach().std()).square().sum(1),
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+        grad_sample_mode=mode,
+        poisson_sampling=False,
+    )
+    criterion(wrapped(data.tensors[0][:4]), data.tensors[1][:4]).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "refused",
+    [mixing_model, detached_statistic, weight_penalty, criterion_of_the_batch],
+    ids=lambda case: case.__name__,
+)
+def test_what_would_not_be_private_is_told_apart(refused: Callable[[str], None], mode: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(PrivacyError):
+        refused(mode)
+
+
+def test_a_typing_error_is_none() -> None:
+    with pytest.raises(ValueError, match="certify") as caught:
+        GradSampleModuleFastGradientClipping(nn.Linear(4, 3), certify="sometimes")
+    assert not isinstance(caught.value, PrivacyError)
