@@ -76,8 +76,9 @@ class PerSampleGradient(ABC):
         norms = []
         for n in samples.nonzero().flatten().tolist():
             one = self.select(slice(n, n + 1))
+            norm = Dense(one.materialize()).norm()
             # What is released is another sum of the same terms, with other roundings.
-            norms.append(Dense(one.materialize()).norm() + one.rounding())
+            norms.append(norm + torch.finfo(norm.dtype).eps * one.norm_of_terms())
         return torch.cat(norms)
 
     def norm_of_terms(self) -> Tensor:
@@ -213,8 +214,8 @@ class Squares(NamedTuple):
 # random terms), which is less than 1e-5 of them as long as this share of the scale is left.
 _ROUNDINGS, _CANCELLED = 4, 32
 
-# Roundings of more elements that cancel are orthogonal enough to what is left of them: they lengthen it by less than 1e-6.
-_FEW_ELEMENTS = 2**14
+# All of so few elements may cancel at once by chance.
+_FEW_ELEMENTS = 64
 
 # How many terms of an inner product, and of a gradient, are added up at once.
 _GRAM_TERMS, _TERMS = 2**11, 2**14

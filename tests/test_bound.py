@@ -147,7 +147,7 @@ def forms(draw: st.DrawFn) -> PerSampleGradient:
     return kinds[draw(st.sampled_from(sorted(kinds)))]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(form=forms(), way=st.sampled_from(list(Way)), share=st.floats(1e-3, 1))
 def test_contributions(form: PerSampleGradient, way: Way, share: float) -> None:
     """What is stored of one sample alone has at most the clipping norm, which is a share of its norm."""
