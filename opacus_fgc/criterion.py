@@ -408,7 +408,7 @@ def _one_at_a_time(criterion: Callable[..., Any], arguments: Arguments) -> Tenso
             "it return one loss for each sample (reduction='none')"
         ) from error
     if losses.dim() != 1:
-        raise PrivacyValueError("the criterion's result is not one number for one sample; return losses of shape (N,)")
+        raise ValueError("the criterion's result is not one number for one sample; return losses of shape (N,)")
     if depends_past([losses], rows):
         raise PrivacyValueError(
             "the criterion brings in something with a gradient that is no row of its arguments, and that would be "

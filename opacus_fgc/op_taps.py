@@ -45,6 +45,10 @@ _FILLED = frozenset(("as_tensor", "full", "ones", "tensor", "zeros"))
 _PRODUCTS = frozenset(("__matmul__", "matmul", "mm"))
 
 
+TOP_SAVED_TENSORS_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+"""Gives the innermost hooks on saved tensors, by which checkpoints are known; None in older torch, which does not tell."""
+
+
 class NotCaughtError(Exception):
     """An operation on a parameter that cannot be tapped; its module is then served as a whole."""
 
@@ -444,8 +448,7 @@ class _Again:
 
 def _checkpointing() -> _CheckpointFrame | None:
     """What the innermost checkpoint knows of itself, in a part of a forward that is to run again."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if top is None else top(False)  # older torch does not tell
+    hooks = TOP_SAVED_TENSORS_HOOKS and TOP_SAVED_TENSORS_HOOKS(False)
     cells = getattr(hooks[1], "__closure__", None) or () if hooks else ()
     frames = (cell.cell_contents for cell in cells)
     return next((frame for frame in frames if isinstance(frame, _CheckpointFrame)), None)

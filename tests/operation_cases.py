@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
+from opacus_fgc.op_taps import TOP_SAVED_TENSORS_HOOKS
 from tests.case import Apply, Case, Square, classes, floats, frozen, tokens
 from tests.cases import LAYERS, OfTimeFirst, ScaleByOwn
 from tests.changed_cases import CHANGED
@@ -203,8 +204,7 @@ def checkpointed_cases() -> list[Case]:
             b=nn.Embedding(5, 4),
         ),
     }
-    # Older torch does not tell what is checkpointed.
-    told = hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    told = TOP_SAVED_TENSORS_HOOKS is not None
     return [Case(f"checkpointed-{name}", make, [floats(3, 4)], functorch=False) for name, make in makes.items() if told]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import GradSampleModuleFastGradientClipping, PrivacyEngine, PrivacyError, register_norm_sampler
@@ -89,18 +89,9 @@ def test_error_of_a_sampler() -> None:
         del NORM_SAMPLERS[Layer]
 
 
-class BatchMean(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output = self.layer(x)
-        return output - output.mean(0)
-
-
 def mixing_model(mode: str) -> None:
-    wrapped = GradSampleModuleFastGradientClipping(BatchMean())
+    model = nn.Sequential(nn.Linear(4, 3), Apply(lambda _, x: x - x.mean(0)))
+    wrapped = GradSampleModuleFastGradientClipping(model)
     MODES[mode](wrapped, wrapped(torch.randn(4, 4)).square().sum(1))
 
 
