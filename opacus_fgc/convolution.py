@@ -13,7 +13,7 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from opacus_fgc.per_sample import Dense, Measured, Outer, PerSampleGradient, Squares, SumOverPositions, add
 from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-from opacus_fgc.precision import at_least_float32, row_norms
+from opacus_fgc.precision import at_least_float32, row_norms, widest
 
 # Where the kernel sees fewer elements than this, one product of patches is faster than many small ones of shifted images.
 _FEW_SEEN = 64
@@ -109,15 +109,19 @@ class Convolution(SumOverPositions):
             return groups * positions * (positions + d)
         return super().temporary(way) + math.prod(self.images.shape[1:]) + math.prod(self.backprops.shape[1:])
 
-    def _as_outer(self) -> Outer:
-        """The same as a linear map of patches, which are copied out of the images."""
-        pads = [amount for amount in reversed(self._padding) for _ in range(2)]
-        windows = F.pad(self.images, pads)
-        axes = len(self._stride)
+    def _windows(self, images: Tensor) -> Tensor:
+        """What the kernel sees of images, a view of shape ``(N, channels, *positions, *kernel)``."""
+        windows = F.pad(images, [amount for amount in reversed(self._padding) for _ in range(2)])
         for axis, size in enumerate(self.shape[2:]):
             # By strides, whatever the memory format.
             dilation = self._dilation[axis]
             windows = windows.unfold(2 + axis, dilation * (size - 1) + 1, self._stride[axis])[..., ::dilation]
+        return windows
+
+    def _as_outer(self) -> Outer:
+        """The same as a linear map of patches, which are copied out of the images."""
+        windows = self._windows(self.images)
+        axes = len(self._stride)
         # From (N, in, *positions, *kernel) to (N, groups, in / groups * kernel, T), so that whole rows are copied.
         windows = windows.permute([0, 1, *range(2 + axes, 2 + 2 * axes), *range(2, 2 + axes)])
         patches = windows.flatten(2 + axes).flatten(1, 1 + axes).unflatten(1, (self._groups, -1))
@@ -190,7 +194,11 @@ class Convolution(SumOverPositions):
         return kernel(images, self.shape, coef * backprops, self._stride, self._padding, self._dilation, self._groups)
 
     def norm_of_terms(self) -> Tensor:
-        return self._as_outer().norm_of_terms()
+        images, backprops = (
+            widest(side).abs().square().unflatten(1, (self._groups, -1)).sum(2) for side in (self.images, self.backprops)
+        )
+        seen = self._windows(images).flatten(-len(self._stride)).sum(-1)
+        return (seen * backprops).flatten(1).sum(1).sqrt().to(at_least_float32(self.backprops).dtype.to_real())
 
     def materialize(self) -> Tensor:
         return self.formed().materialize()

@@ -76,10 +76,32 @@ class PerSampleGradient(ABC):
         norms = []
         for n in samples.nonzero().flatten().tolist():
             one = self.select(slice(n, n + 1))
-            norm = Dense(one.materialize()).norm()
-            # What is released is another sum of the same terms, with other roundings.
-            norms.append(norm + torch.finfo(norm.dtype).eps * one.norm_of_terms())
+            norms.append(Dense(one.materialize()).norm() + one.rounding(one.norm_of_terms()))
         return torch.cat(norms)
+
+    @property
+    def summands(self) -> int:
+        """How many terms a gradient is the sum of."""
+        return 1
+
+    def rounding(self, norm_of_terms: Tensor) -> Tensor:
+        """By how much norms of two such sums of the same terms, in other orders, may differ; shape ``(N,)``.
+
+        For random terms the larger half of it is reached in one sample of some thousands, if all elements cancel by chance.
+
+        Args:
+            norm_of_terms: see there.
+        """
+        return 2 * math.sqrt(self.summands) * torch.finfo(norm_of_terms.dtype).eps * norm_of_terms
+
+    def above_rounding(self, norms: Tensor) -> Tensor:
+        """Norms of formed gradients, as upper bounds of what is released, which is another sum of the same terms."""
+        elements = self.shape.numel()
+        if elements > _MANY_ELEMENTS:
+            return norms
+        terms = self.norm_of_terms()
+        bounds = norms + self.rounding(terms)
+        return bounds if elements <= _FEW_ELEMENTS else torch.where(2 * norms < terms, bounds, norms)
 
     def norm_of_terms(self) -> Tensor:
         """What the norms would be if the terms of a sum that a gradient is were orthogonal, so that none cancelled."""
@@ -209,24 +231,9 @@ class Squares(NamedTuple):
 # random terms), which is less than 1e-5 of them as long as this share of the scale is left.
 _ROUNDINGS, _CANCELLED = 4, 32
 
-# All of so few elements may cancel at once by chance.
-_FEW_ELEMENTS = 64
-
-
-def _above_rounding(norms: Tensor, shape: torch.Size, count: int, norm_of_terms: Callable[[], Tensor]) -> Tensor:
-    """Norms of sums that are added up once more, with other roundings, when they are released; upper bounds for few elements.
-
-    Args:
-        norms: shape ``(N,)``.
-        shape: shape of the parameter.
-        count: how many terms a sum has.
-        norm_of_terms: gives what the norms would be if the terms were orthogonal, shape ``(N,)``.
-    """
-    if shape.numel() > _FEW_ELEMENTS:
-        return norms
-    terms = norm_of_terms()
-    # At most 1.54 times this without the 2, measured for 2 to 2,000 random terms.
-    return norms + 2 * math.sqrt(count) * torch.finfo(terms.dtype).eps * terms
+# All of so few elements may cancel at once by chance. Of more, roundings matter where the terms were made to cancel; of so
+# many, they take each other away.
+_FEW_ELEMENTS, _MANY_ELEMENTS = 2**6, 2**14
 
 
 # How many terms of an inner product, and of a gradient, are added up at once.
@@ -292,6 +299,10 @@ class SumOverPositions(PerSampleGradient):
     def sizes(self) -> tuple[int, int, int, int]:
         """``(groups, T, p, d)``."""
 
+    @property
+    def summands(self) -> int:
+        return self.sizes[1]
+
     @abstractmethod
     def select(self, samples: slice | Tensor) -> SumOverPositions: ...
 
@@ -310,7 +321,7 @@ class SumOverPositions(PerSampleGradient):
 
     def norm_if_formed(self) -> Tensor:
         """Norms from gradients that are not kept."""
-        return _above_rounding(self.formed().norm(), self.shape, self.sizes[1], self.norm_of_terms)
+        return self.above_rounding(self.formed().norm())
 
     def norm(self) -> Tensor:
         return self.measured().norm
@@ -445,8 +456,14 @@ class Rows(PerSampleGradient):
         norms = row_norms(table)
         squares = widest(norms).square()
         squares = squares.new_zeros(self.batch_size).index_add_(0, keys // self.shape[0], squares)
-        norm = squares.sqrt().to(norms.dtype)
-        return _above_rounding(norm, self.shape, values.shape[1], lambda: row_norms(values.flatten(1)))
+        return self.above_rounding(squares.sqrt().to(norms.dtype))
+
+    @property
+    def summands(self) -> int:
+        return self.values.shape[1]
+
+    def norm_of_terms(self) -> Tensor:
+        return row_norms(at_least_float32(self.values).flatten(1))
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         values = at_least_float32(self.values)
@@ -505,6 +522,10 @@ class Sum(PerSampleGradient):
             for other in self.terms[:i]:
                 total = total + 2 * term.inner(other)
         return Squares(total, self.norm_of_terms().square()).norm(self.norm_one_by_one)
+
+    @property
+    def summands(self) -> int:
+        return sum(term.summands for term in self.terms)
 
     def norm_of_terms(self) -> Tensor:
         return torch.stack([term.norm_of_terms() for term in self.terms]).sum(0)

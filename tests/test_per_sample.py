@@ -143,6 +143,7 @@ def test_terms_that_cancel(name: str, left_over: float, monkeypatch: pytest.Monk
     expected = (left.double().mT @ right.double()).flatten(1).norm(dim=1)
     norm = CANCELLING[name](left, right).norm()
     assert norm.dtype == torch.float32
-    # Rounding of the terms themselves, 1e-7 of each, is all that there is.
+    # It is an upper bound; rounding of the terms themselves, 1e-7 of each, is all that there is.
     terms = (left.double().norm(dim=2) * right.double().norm(dim=2)).norm(dim=1)
-    torch.testing.assert_close(norm.double(), expected, rtol=1e-4, atol=2e-7 * terms.max().item())
+    assert (norm.double() >= (1 - 1e-6) * expected).all()
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-4, atol=8e-7 * terms.max().item())
