@@ -195,7 +195,8 @@ class Convolution(SumOverPositions):
 
     def norm_of_terms(self) -> Tensor:
         images, backprops = (
-            widest(side).abs().square().unflatten(1, (self._groups, -1)).sum(2) for side in (self.images, self.backprops)
+            widest(side).abs().square().unflatten(1, (self._groups, -1)).sum(2)
+            for side in (self.images, self.backprops)
         )
         seen = self._windows(images).flatten(-len(self._stride)).sum(-1)
         return (seen * backprops).flatten(1).sum(1).sqrt().to(at_least_float32(self.backprops).dtype.to_real())
