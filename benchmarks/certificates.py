@@ -1,8 +1,8 @@
 """What certificates cost: the first step of a model, and the mean over 1,000 steps, as shares of a step without certificates.
 
 Steps with and without run in turn in one process, in another order each round, and a ratio is the median over the rounds.
-Of 1,000 steps the first has the certificate of something new, and seven more have one each (2, 4, ... 64, 256), if nothing
-new comes later.
+Of 1,000 steps the first has the certificate of something new, and five more have one each (2, 4, 16, 64, 256), if nothing new
+comes later.
 
     python benchmarks/certificates.py                       # the main workloads
     python benchmarks/certificates.py --only MLP "language*"
@@ -23,7 +23,7 @@ from workloads import MAIN, WORKLOADS, Workload
 
 from opacus_fgc.certificates import Schedule
 
-STEPS, AGAIN = 1000, 7
+STEPS, AGAIN = 1000, 5
 WAYS = [way for way, (_, mode) in ENGINES.items() if way == mode]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -30,61 +32,97 @@ from opacus_fgc.tapped_model import TappedModel
 from opacus_fgc.taps import Reached
 
 
+class Due(NamedTuple):
+    """A certificate that is to be made.
+
+    Attributes:
+        size: number of samples.
+        structure: what is equal for passes that it is for.
+        is_new: whether there was none for such passes.
+        draws: how many draws of loss weights tell the samples apart.
+    """
+
+    size: int
+    structure: Hashable
+    is_new: bool
+    draws: int
+
+
 class CertifiedModel(TappedModel):
     """A tapped model that proves of a backward pass what its norms rely on; see `certificates`."""
 
     _witness: Backprops | None = None
+    _certifying = False
     _choices: random.Random | None = None
 
     def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
         raise NotImplementedError
 
-    def certify(self, loss_per_sample: Tensor, reached: Reached, record: Record, loss_scale: float) -> bool:
-        """Proves, if it is time to, that a loss has per-sample gradients, and that its taps see them.
+    def due(self, size: int, reached: Reached, record: Record) -> Due | None:
+        """The certificate that a pass needs, on this rank or another one; None if it needs none.
 
         Args:
-            loss_per_sample: shape ``(N,)``.
-            reached: what it depends on.
+            size: number of samples.
+            reached: what their losses depend on.
             record: the state of the step.
-            loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
+        """
+        structure = self._structure(size, reached, record)
+        is_due, is_new = self.schedule.is_due(size, structure), self.schedule.is_new(structure)
+        due, new, draws = self.layout.most([is_due, is_new, draws_that_tell(size) if is_new else 1])
+        return Due(size, structure, bool(new), draws) if due else None
 
-        Returns:
-            Whether it was time to.
+    @contextmanager
+    def witnessed(self, certifying: bool = False) -> Iterator[Backprops]:
+        """What the taps are shown within, as sketches.
+
+        Args:
+            certifying: whether nothing else is to come of it.
+        """
+        self._witness, self._certifying = Backprops(), certifying
+        try:
+            yield self._witness
+        finally:
+            self._witness, self._certifying = None, False
+
+    def certify(
+        self, due: Due, loss_per_sample: Tensor, reached: Reached, loss_scale: float, plain: Backprops | None = None
+    ) -> None:
+        """Proves that losses have per-sample gradients, and that their taps see them.
+
+        Args:
+            due: the certificate.
+            loss_per_sample: shape ``(N,)``.
+            reached: what they depend on.
+            loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
+            plain: what the taps were shown of the losses as they are, if they were.
 
         Raises:
             NotImplementedError: if they do not, or it cannot be told.
         """
-        size, structure = len(loss_per_sample), self._structure(len(loss_per_sample), reached, record)
-        is_due, is_new = self.schedule.is_due(size, structure), self.schedule.is_new(structure)
-        due, new, draws = self.layout.most([is_due, is_new, draws_that_tell(size) if is_new else 1])
-        if not due:
-            return False
         if self._choices is None:
             # Ranks that work on the same samples have to choose the same ones.
             seed = secrets.token_bytes(16)
             self._choices = random.Random(self.layout.common(seed) if self.layout.forward_communicates else seed)
 
-        choices = self._choices
+        size, choices = due.size, self._choices
 
         def backward(weights: Tensor) -> Backprops:
-            self._witness = witness = Backprops()
-            try:
+            with self.witnessed(certifying=True) as backprops:
                 loss = loss_scale * (weights.to(loss_per_sample) * loss_per_sample).sum()
                 self._backward_to_taps(loss, retain_graph=True)
-            finally:
-                self._witness = None
-            return witness
+            return backprops
 
         check_owners(
             size,
-            lambda exponents: weights(size, draws, choices, exponents),
+            lambda exponents: weights(size, due.draws, choices, exponents),
             backward,
+            plain,
             lambda key: self._tapped(key.layer).name,
             self.layout.on_all_ranks,
         )
         layers = {call.layer for call in reached.calls}
         # Where something is new both signs are tried, since a statistic of the batch may be compared with a number.
-        signs = (1, -1) if new else (self._choices.choice((1, -1)),)
+        signs = (1, -1) if due.is_new else (choices.choice((1, -1)),)
         for entrance in self._entrances(reached):
             for sign in signs:
                 check_independence(
@@ -96,8 +134,7 @@ class CertifiedModel(TappedModel):
                     entrance.forward if entrance.forward is not None and entrance.forward.size == size else None,
                 )
         forget_weights()
-        self.schedule.made(size, structure)
-        return True
+        self.schedule.made(size, due.structure)
 
     def _structure(self, size: int, reached: Reached, record: Record) -> Hashable:
         """What is equal for passes that one certificate is for."""

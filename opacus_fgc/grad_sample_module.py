@@ -122,6 +122,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
         if self._witness is not None:
             self._witness.see(call, backprops)
+        if self._certifying:
             return
         # The private loss of another model may come through this one, such as that of a generator through its discriminator.
         if self.hooks_enabled and _passing in (None, self):
@@ -297,7 +298,9 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )
         reached = self._check_trainable(losses)
-        if self.certify(losses, reached, record, 1.0):
+        due = self.due(len(losses), reached, record)
+        if due is not None:
+            self.certify(due, losses, reached, 1.0)
             self.record = record.again()
             self.record.samples_in_loss = len(losses)
             with self.hooks_set(True), self._nothing_left_of_errors():
@@ -346,9 +349,19 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         self.layout.check_samples(loss_per_sample, record.inputs)
         with self._nothing_left_of_errors():
             record.samples_in_loss = len(loss_per_sample)
-            self.certify(loss_per_sample, reached, record, loss_scale)
+            due = self.due(len(loss_per_sample), reached, record)
+            if due is not None and (due.is_new or keep.everything):
+                # Of what is new the certificate tells better what is wrong than the norms' errors; and the pass that all is kept
+                # of gives the graph up, which the certificate needs.
+                self.certify(due, loss_per_sample, reached, loss_scale)
+                due = None
             record.step, record.loss_scale = Step(retain_graph), loss_scale
-            self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
+            if due is None:
+                self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
+            else:
+                with self.witnessed() as backprops:
+                    self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
+                self.certify(due, loss_per_sample, reached, loss_scale, backprops)
             norms = self.get_norm_sample()
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
