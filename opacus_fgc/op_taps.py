@@ -217,11 +217,13 @@ class OpTaps(TorchFunctionMode):
             if func.__name__ in _JOINING and _is_one(tensors):
                 return self._join_copies(func, args, kwargs)
             if len(shared) == len(tensors) or (func.__name__ in _LIKE and self.is_shared(args[0])):
+                bases = [base for tensor in shared if (base := tensor._base) is not None and self.is_shared(base)]
+                before = [(tensor, tensor._version) for tensor in (*shared, *bases)]
                 output = func(*args, **kwargs)
+                # Something shared that was written into something shared, or into a view of it.
+                self._mark([tensor for tensor, version in before if tensor._version != version])
                 # What a layer computes from nothing but its own parameters stays between it and its tap.
                 own = all(tensor.requires_grad and tensor in self._others for tensor in shared)
-                if func.__name__ == "__setitem__":
-                    self._mark(args[0])
                 return output if own or self._covered.intersection(shared) else self._mark(output)
             caught = any(map(self._is_caught, shared)) and func.__name__ not in _LIKE
             if not caught:

@@ -420,6 +420,14 @@ def relative_positions(m: Apply, x: Tensor) -> Tensor:
     return ((q @ q.mT + bias).softmax(-1) @ q).transpose(1, 2).flatten(2)
 
 
+def positions_written_through_a_view(m: Own, x: Tensor) -> Tensor:
+    places = torch.arange(4)
+    index = torch.stack([places[:, None] - places, places[:, None] - places], 2)
+    index[:, :, 0] += 3
+    index[:, :, 1].add_(3).mul_(0)
+    return m.head(x) * m.p[index.sum(2)]
+
+
 def network_of_positions(m: Apply, x: Tensor) -> Tensor:
     distances = torch.linspace(-1, 1, x.shape[1])[None, :, None]
     return m.head(x + F.relu(m.a(distances)).view(-1, 4))
@@ -644,6 +652,11 @@ OPERATIONS = [
         "relative-positions",
         lambda: Apply(relative_positions, table=nn.Embedding(5, 2), q=nn.Linear(4, 4)),
         [floats(5, 4)],
+    ),
+    Case(
+        "positions-written-through-a-view",
+        lambda: Own(positions_written_through_a_view, {"p": (7,)}, head=nn.Linear(4, 4)),
+        [floats(4, 4)],
     ),
     Case(
         "network-of-positions",
