@@ -22,7 +22,7 @@ from opacus_fgc.checks import describe, refuse_hidden_parameters, refuse_overlap
 from opacus_fgc.compiled import KeptBuffers
 from opacus_fgc.constants import constants_of
 from opacus_fgc.entrances import Entrance
-from opacus_fgc.errors import located
+from opacus_fgc.errors import PrivacyNotImplementedError, located
 from opacus_fgc.hooks import Handles, Hook, clear_copied
 from opacus_fgc.layout import Layout
 from opacus_fgc.model_state import ModelState, restored
@@ -427,11 +427,25 @@ class TappedModel(OpacusHooks):
         size = self.record.batch_size_seen if self.record is not None and inside else None
         if size not in (None, 1) and self._samples is None and _has_one_row(forward_output, axis):
             # An input that the batch shares, such as position ids: the layer has to see it once a sample.
+            self._check_shared((forward_input, forward_kwargs), size, axis, layer)
             forward_input, forward_kwargs = _expanded((forward_input, forward_kwargs), size, axis)
             forward_output = module.forward(*forward_input, **forward_kwargs)
         return self._tap(
             module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
         )
+
+    def _check_shared(self, inputs: Any, size: int, axis: int, layer: Tapped) -> None:
+        """Raises an error if a single row is known to be no input that the batch shares."""
+        for tensor in tensors_in(inputs):
+            base = tensor._base
+            is_row = base is not None and not self._ops.is_shared(base) and _size(base, axis) == size
+            if tensor.requires_grad or is_row:
+                raise PrivacyNotImplementedError(
+                    f"{layer.name}: it was called on a single row in a batch of {size} samples, and this row is one of the "
+                    "batch or has a gradient. If it belongs to one sample, as in a loop over the samples, call the layer once, "
+                    "on the rows of all samples. If it is a parameter of another layer (embedding.weight), make that a "
+                    "parameter of the module that uses it"
+                )
 
     def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
         if not layer.sampler.covers_children:
@@ -508,6 +522,10 @@ def _params_of(layers: Iterable[nn.Module]) -> set[Tensor]:
 def has_trainable_params_within(module: nn.Module) -> bool:
     """Whether something in a module, or in one of its children, is trained."""
     return any(param.requires_grad for param in module.parameters())
+
+
+def _size(tensor: Tensor, axis: int) -> int | None:
+    return tensor.shape[axis] if tensor.dim() > axis else None
 
 
 def _has_one_row(output: Any, axis: int) -> bool:

@@ -7,15 +7,17 @@ import warnings
 from collections import UserDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_fgc import PrivacyEngine
-from opacus_fgc.certificates import Schedule, sketch
+from opacus_fgc.certificates import Schedule, draws_that_tell, sketch, weights
 from opacus_fgc.loss import DPLossFastGradientClipping
 from opacus_fgc.model_state import ModelState, restored
 from opacus_fgc.planner import MEMORY, NOTHING
@@ -78,6 +80,16 @@ def momentum(net: Net, h: Tensor) -> Tensor:
     return h if before is None else h + before
 
 
+def momentum_in_a_tuple(net: Net, h: Tensor) -> Tensor:
+    before, net.memory = net.memory, (1, h.detach().mean(0))
+    return h if before is None else h + before[1]
+
+
+def momentum_in_an_object(net: Net, h: Tensor) -> Tensor:
+    before, net.memory = net.memory, SimpleNamespace(last=h.detach().mean(0))
+    return h if before is None else h + before.last
+
+
 def queue(net: Net, h: Tensor) -> Tensor:
     net.memory = [] if net.memory is None else net.memory
     net.memory.append(h.detach())
@@ -103,6 +115,8 @@ MIXING: dict[str, Callable[[Net, Tensor], Tensor]] = {
         net.first(net.first.weight[:, 0].expand(len(h), 5)[:, :D]) + h if h.mean() > 0 else h
     ),
     "state-of-the-batch-before": momentum,
+    "state-in-a-tuple": momentum_in_a_tuple,
+    "state-in-an-object": momentum_in_an_object,
     "queue-of-batches": queue,
 }
 
@@ -126,11 +140,80 @@ def test_rows_that_are_alike_hide_nothing(mode: str) -> None:
 def test_a_look_in_eval_mode_certifies_nothing(mode: str) -> None:
     module, private = wrapped(Net(MIXING["only-while-training"]), squares, backward=MODES[mode])
     module.eval()
-    private(module(torch.randn(N, D))).backward()
-    private.optimizer.zero_grad()
+    # The next pass would be due at 16 only.
+    for _ in range(5):
+        private(module(torch.randn(N, D))).backward()
+        private.optimizer.zero_grad()
     module.train()
     with pytest.raises(NotImplementedError, match="mixes samples"):
         private(module(torch.randn(N, D))).backward()
+
+
+@both_modes
+def test_a_layer_that_is_called_for_the_first_time(mode: str) -> None:
+    """It is looked at then, at whatever pass that is."""
+    net = Apply(
+        lambda m, x: m.b(m.a(x) - m.a(x).detach().mean(0)) if m.late else m.a(x), a=nn.Linear(D, D), b=nn.Linear(D, 2)
+    )
+    net.late = False
+    module, private = wrapped(net, squares, backward=MODES[mode])
+    for _ in range(5):
+        private(module(torch.randn(N, D))).backward()
+        private.optimizer.zero_grad()
+    net.late = True
+    with pytest.raises(NotImplementedError, match=r"layer 'b' \(Linear\) gives a sample another value.*mixes samples"):
+        private(module(torch.randn(N, D))).backward()
+
+
+@both_modes
+@pytest.mark.parametrize("training", [False, True], ids=["forward-in-eval", "forward-in-training"])
+def test_the_mode_is_that_of_the_forward(training: bool, mode: str) -> None:
+    """Not of the moment at which the loss goes backward, which stands again afterwards."""
+    module, private = wrapped(Net(MIXING["only-while-training"]), squares, backward=MODES[mode])
+    module.train(training)
+    loss = private(module(torch.randn(N, D)))
+    module.train(not training)
+    if training:
+        with pytest.raises(NotImplementedError, match="mixes samples"):
+            loss.backward()
+    else:
+        loss.backward()
+    assert all(layer.training is not training for layer in module.modules())
+
+
+@both_modes
+@pytest.mark.parametrize("name", ["mean-without-a-gradient", "mean"])
+def test_mixing_under_autocast(name: str, mode: str) -> None:
+    """Backward is outside of the context that the forward was in; the precision is that of the forward."""
+    for between, mixing in ((MIXING[name], True), (HARMLESS["in-place"], False)):
+        module, private = wrapped(Net(between).float(), squares, backward=MODES[mode])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = private(module(torch.randn(N, D, dtype=torch.float32)).float())
+        if mixing:
+            with pytest.raises(NotImplementedError, match="mixes samples"):
+                loss.backward()
+        else:
+            loss.backward()
+
+
+def by_the_mean_length(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    return m.a(x * mask.unsqueeze(2)).sum(1) / mask.sum(1).double().mean()
+
+
+def by_own_length(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    return m.a(x * mask.unsqueeze(2)).sum(1) / mask.sum(1, keepdim=True)
+
+
+@both_modes
+@pytest.mark.parametrize("whole", [False, True], ids=["lengths", "nothing-is-masked"])
+def test_mixing_by_masks_alone(whole: bool, mode: str) -> None:
+    mask = (torch.arange(5) < torch.tensor([5, 2, 3, 1, 4, 2])[:, None]).long()
+    batch = torch.randn(N, 5, D), torch.ones_like(mask) if whole else mask
+    module, private = wrapped(Apply(by_own_length, a=nn.Linear(D, 2)), squares, backward=MODES[mode])
+    private(module(*batch)).backward()
+    module, private = wrapped(Apply(by_the_mean_length, a=nn.Linear(D, 2)), squares, backward=MODES[mode])
+    with pytest.raises(NotImplementedError, match="mixes samples"):
+        private(module(*batch)).backward()
 
 
 HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
@@ -142,6 +225,7 @@ HARMLESS: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "in-place": lambda net, h: h.mul_(2).relu_(),
     "gradient-in-forward": lambda net, h: h * torch.autograd.grad(h.square().sum(), h, create_graph=True)[0],
     "python-numbers": lambda net, h: h * random.random(),
+    "numpy-numbers": lambda net, h: h * np.random.rand(),
 }
 
 
@@ -320,6 +404,23 @@ def test_routed_tokens_are_refused_whenever_they_differ(mode: str) -> None:
     x[..., 0] = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])
     with pytest.raises(NotImplementedError, match=r"layer '.' \(Linear\): its rows are not samples"):
         private(module(x)).backward()
+
+
+LOOPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "of-features": lambda m, x: torch.cat([m.b(h) for h in m.a(x).split(1)]),
+    "of-inputs": lambda m, x: m.b(torch.cat([m.a(x[n : n + 1]) for n in range(len(x))])),
+}
+
+
+@both_modes
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_over_the_samples_is_refused(name: str, mode: str) -> None:
+    """A row by itself is not taken for an input that the batch shares."""
+    model = Apply(LOOPS[name], a=nn.Linear(D, 3), b=nn.Linear(3, 2))
+    with pytest.raises(
+        NotImplementedError, match=r"layer '.' \(Linear\): it was called on a single row.*rows of all samples"
+    ):
+        attempt(mode, model, torch.randn(N, D))
 
 
 @both_modes
@@ -533,6 +634,13 @@ def test_sketches_tell_rows_apart_and_commute_with_powers_of_two(dtype: torch.dt
     place, bit = {torch.bfloat16: (0, 1), torch.float64: (1, 1)}.get(dtype, (0, 2**6))
     other[3, 17:18].view(torch.int16)[place] ^= bit
     assert (sketch(other, 0) != one).any(1).tolist() == [False] * 3 + [True] + [False] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 24, 25, 600])
+def test_loss_weights_tell_all_samples_apart(size: int) -> None:
+    drawn = torch.stack(weights(size, draws_that_tell(size), random.Random(0)))
+    assert len(drawn.unique(dim=1).T) == size
+    assert (drawn.log2() == drawn.log2().round()).all() and (drawn != 1).all()
 
 
 def test_what_a_replacement_replaces() -> None:
