@@ -303,7 +303,7 @@ def _owner_error(
     if size > len(of_ones) and size % len(of_ones) == 0:
         return PrivacyValueError(
             f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows, and there are {size} losses. "
-            f"{TOKENS}. {PADDING}"
+            f"{TOKENS}. If the batch lies on another axis there, let it lie on the first (see batch_first). {PADDING}"
         )
     if len(of_ones) % size:
         return PrivacyNotImplementedError(
@@ -327,7 +327,7 @@ PADDING = (
 )
 """What to do about layers whose rows are not the samples, or the same number of rows for each."""
 
-TOKENS = "For losses of flattened tokens call the criterion with shape=(batch size, tokens, ...)"
+TOKENS = "If the losses are those of flattened tokens, call the criterion with shape=(batch size, tokens, ...)"
 """What to do about more losses than rows."""
 
 
