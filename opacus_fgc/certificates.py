@@ -483,9 +483,12 @@ Run = Callable[[Replacement | None, ModelState | None], Forward]
 
 
 def replacements(
-    size: int, axis: int, shared: set[str], generator: random.Random, enlarge: bool, sign: int
-) -> list[Replacement]:
-    """What is tried in turn, until a forward can be compared: half of the samples replaced by others.
+    size: int, axis: int, shared: set[str], generator: random.Random, enlarge: bool, signs: Sequence[int]
+) -> list[list[Replacement]]:
+    """Half of the samples replaced by others: for each sign what is tried in turn, until a forward can be compared.
+
+    They are the same samples, by the same ones, for each sign: a statistic of the batch that is large for one is small for the
+    other, and one of them is on the other side of whatever number it may be compared with.
 
     Args:
         size: number of samples.
@@ -493,18 +496,21 @@ def replacements(
         shared: paths of inputs that are known to have no samples in them.
         generator: chooses the samples.
         enlarge: whether features may be enlarged, so that what is an index then fails with an error, and does no more.
-        sign: of the enlarged features.
+        signs: of the enlarged features.
     """
     chosen = sorted(generator.sample(range(size), max(1, size // 2))) if size else []
     kept = [place for place in range(size) if place not in chosen]
     # One and the same in the place of all, so that what is computed over the batch changes.
     sources = [generator.choice(kept or chosen)] * len(chosen) if size else []
     return [
-        Replacement(size, chosen, sources, axis, factor, every, vectors, shared)
-        for factor, every in (
-            ((sign * 1024.0, True), (sign * 1024.0, False), (1.0, False)) if enlarge else ((1.0, False),)
-        )
-        for vectors in (True, False)
+        [
+            Replacement(size, chosen, sources, axis, factor, every, vectors, shared)
+            for factor, every in (
+                ((sign * 1024.0, True), (sign * 1024.0, False), (1.0, False)) if enlarge else ((1.0, False),)
+            )
+            for vectors in (True, False)
+        ]
+        for sign in signs
     ]
 
 

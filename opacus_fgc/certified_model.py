@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -124,10 +124,10 @@ class CertifiedModel(TappedModel):
         # Where something is new both signs are tried, since a statistic of the batch may be compared with a number.
         signs = (1, -1) if due.is_new else (choices.choice((1, -1)),)
         for entrance in self._entrances(reached):
-            for sign in signs:
+            for tries in self._replacements(entrance, size, signs):
                 check_independence(
                     describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
-                    self._replacements(entrance, size, sign),
+                    tries,
                     partial(self._run_again, entrance, size),
                     layers.__contains__,
                     self.layout.on_all_ranks,
@@ -152,12 +152,12 @@ class CertifiedModel(TappedModel):
         paths = {module: path for path, module in self._module.named_modules()}
         return describe(paths[entrance.module], entrance.module)
 
-    def _replacements(self, entrance: Entrance, size: int, sign: int) -> list[Replacement]:
+    def _replacements(self, entrance: Entrance, size: int, signs: Sequence[int]) -> list[list[Replacement]]:
         assert self._choices is not None
         shared = self._shared_inputs.setdefault(entrance.module, set())
         # On other devices an index out of range is an error that nothing recovers from.
         enlarge = all(tensor.device.type == "cpu" for tensor in tensors_of(entrance.inputs))
-        return replacements(size, 0 if self.batch_first else 1, shared, self._choices, enlarge, sign)
+        return replacements(size, 0 if self.batch_first else 1, shared, self._choices, enlarge, signs)
 
     def _run_again(
         self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None
