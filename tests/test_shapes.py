@@ -35,7 +35,7 @@ def test_small_batches(case: Case, way: str, n: int) -> None:
             case.make(0)
         except (IndexError, RuntimeError, ValueError):
             return
-        assert case.name.startswith("fourier")
+        assert case.id.startswith("fourier")
     check(case, n, way)
 
 
