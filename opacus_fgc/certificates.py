@@ -244,7 +244,7 @@ def check_owners(
         ValueError: if there are more losses than rows.
     """
     ones = torch.ones(size, dtype=torch.float64)
-    plain = plain or run(ones)
+    plain = run(ones) if plain is None else plain
     draws = draw(FEW_EXPONENTS if plain.half else EXPONENTS)
     weighted = [run(weights) for weights in draws]
     suspects = _wrong_rows(size, draws, plain, weighted, None)
@@ -297,8 +297,7 @@ def _owner_error(
     if belongs is not None:
         return PrivacyNotImplementedError(
             f"{layer}: its rows are not samples: it was called on {len(belongs)} rows for {size} samples, and they do not "
-            "follow each "
-            f"other sample by sample, as many for each: row {rows[0]} belongs to sample {belongs[rows[0]]}. {PADDING}"
+            f"follow each other sample by sample, as many for each: row {rows[0]} belongs to sample {belongs[rows[0]]}. {PADDING}"
         )
     if size > len(of_ones) and size % len(of_ones) == 0:
         return PrivacyValueError(
@@ -308,8 +307,8 @@ def _owner_error(
     if len(of_ones) % size:
         return PrivacyNotImplementedError(
             f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows for {size} samples, and several of "
-            "these have a "
-            f"part in one row. If the batch lies on another axis there, let it lie on the first (see batch_first). {PADDING}"
+            "these have a part in one row. If the batch lies on another axis there, let it lie on the first (see batch_first). "
+            f"{PADDING}"
         )
     return PrivacyNotImplementedError(
         f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the "
@@ -749,7 +748,6 @@ def _compare_states(
     if not same:
         error = PrivacyNotImplementedError(
             f"{name} keeps what it computes from a batch in {', '.join(sorted(differ))}, and its next forward depends on "
-            "that, so that it "
-            "mixes samples of several batches. Reset it before each forward, or pass it as an argument"
+            "that, so that it mixes samples of several batches. Reset it before each forward, or pass it as an argument"
         )
     raise_on_all_ranks(error, on_all_ranks)

@@ -58,7 +58,7 @@ class CertifiedModel(TappedModel):
     def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
         raise NotImplementedError
 
-    def due(self, size: int, reached: Reached, record: Record) -> Due | None:
+    def _due(self, size: int, reached: Reached, record: Record) -> Due | None:
         """The certificate that a pass needs, on this rank or another one; None if it needs none.
 
         Args:
@@ -72,7 +72,7 @@ class CertifiedModel(TappedModel):
         return Due(size, structure, bool(new), draws) if due else None
 
     @contextmanager
-    def witnessed(self, certifying: bool = False) -> Iterator[Backprops]:
+    def _witnessed(self, certifying: bool = False) -> Iterator[Backprops]:
         """What the taps are shown within, as sketches.
 
         Args:
@@ -107,7 +107,7 @@ class CertifiedModel(TappedModel):
         size, choices = due.size, self._choices
 
         def backward(weights: Tensor) -> Backprops:
-            with self.witnessed(certifying=True) as backprops:
+            with self._witnessed(certifying=True) as backprops:
                 loss = loss_scale * (weights.to(loss_per_sample) * loss_per_sample).sum()
                 self._backward_to_taps(loss, retain_graph=True)
             return backprops

@@ -298,7 +298,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )
         reached = self._check_trainable(losses)
-        due = self.due(len(losses), reached, record)
+        due = self._due(len(losses), reached, record)
         if due is not None:
             self.certify(due, losses, reached, 1.0)
             self.record = record.again()
@@ -349,7 +349,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         self.layout.check_samples(loss_per_sample, record.inputs)
         with self._nothing_left_of_errors():
             record.samples_in_loss = len(loss_per_sample)
-            due = self.due(len(loss_per_sample), reached, record)
+            due = self._due(len(loss_per_sample), reached, record)
             if due is not None and (due.is_new or keep.everything):
                 # Of what is new the certificate tells better what is wrong than the norms' errors; and the pass that all is kept
                 # of gives the graph up, which the certificate needs.
@@ -359,7 +359,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             if due is None:
                 self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
             else:
-                with self.witnessed() as backprops:
+                with self._witnessed() as backprops:
                     self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
                 self.certify(due, loss_per_sample, reached, loss_scale, backprops)
             norms = self.get_norm_sample()

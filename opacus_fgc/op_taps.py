@@ -296,7 +296,7 @@ class OpTaps(TorchFunctionMode):
         in_place = func.__name__.endswith("_") and not func.__name__.startswith("__r")
         if dims <= axis or (in_place and self.is_shared(args[0])):
             raise NotCaughtError
-        if not any(_size(tensor, axis - dims) == shape[axis] for tensor in tensors if not self.is_shared(tensor)):
+        if not any(size_of(tensor, axis - dims) == shape[axis] for tensor in tensors if not self.is_shared(tensor)):
             raise NotCaughtError
         args, kwargs = self._replaced((args, kwargs), shape[axis], dims, axis)
         return func(*args, **kwargs)
@@ -361,7 +361,7 @@ class OpTaps(TorchFunctionMode):
         first = self._axis(dims)
         # Torch's own attention has samples second.
         for axis in (first, 1 - first) if dims > 2 else (first,):
-            new = dims > axis and _size(tensor, axis - dims) in (None, 1) and sizes[axis] != -1
+            new = dims > axis and size_of(tensor, axis - dims) in (None, 1) and sizes[axis] != -1
             if size is not None and new and self._by_samples(tensor, sizes[axis], size, axis):
                 sizes[axis] = 1
                 rows = self._expanded(expanded(tensor), size, dims, axis)
@@ -498,6 +498,6 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
             yield from (item for item in value if isinstance(item, Tensor))
 
 
-def _size(tensor: Tensor, axis: int) -> int | None:
-    """The size of an axis that is counted from the last, None if there is none."""
-    return tensor.shape[axis] if tensor.dim() >= -axis else None
+def size_of(tensor: Tensor, axis: int) -> int | None:
+    """The size of an axis, counted from the first or (below 0) from the last; None if there is none."""
+    return tensor.shape[axis] if -tensor.dim() <= axis < tensor.dim() else None

@@ -319,10 +319,6 @@ class SumOverPositions(PerSampleGradient):
     def formed(self) -> Dense:
         """The gradients, in whatever order they come cheapest."""
 
-    def norm_if_formed(self) -> Tensor:
-        """Norms from gradients that are not kept."""
-        return self.above_rounding(self.formed().norm())
-
     def norm(self) -> Tensor:
         return self.measured().norm
 
@@ -337,7 +333,10 @@ class SumOverPositions(PerSampleGradient):
             return Measured(gradients.norm(), gradients, way)
         temporary = self.temporary(way)
         parts = [self.select(samples) for samples in planner.slices(self.batch_size, temporary)]
-        norms = [part.gram().norm(part.norm_one_by_one) if way is Way.GRAM else part.norm_if_formed() for part in parts]
+        if way is Way.GRAM:
+            norms = [part.gram().norm(part.norm_one_by_one) for part in parts]
+        else:
+            norms = [part.above_rounding(part.formed().norm()) for part in parts]
         return Measured(torch.cat(norms), self if self.fits(room) else None, way, parts[0].batch_size * temporary)
 
 

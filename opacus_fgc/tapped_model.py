@@ -37,7 +37,7 @@ from opacus_fgc.norm_samplers.lookup import (
     with_batch_second,
 )
 from opacus_fgc.norm_samplers.ops import Op, OpSampler
-from opacus_fgc.op_taps import Expansion, OpTaps
+from opacus_fgc.op_taps import Expansion, OpTaps, size_of
 from opacus_fgc.record import Record
 from opacus_fgc.samples import batch_size, some_samples, tensors_of
 from opacus_fgc.shards import Unsharded
@@ -438,7 +438,7 @@ class TappedModel(OpacusHooks):
         """Raises an error if a single row is known to be no input that the batch shares."""
         for tensor in tensors_in(inputs):
             base = tensor._base
-            is_row = base is not None and not self._ops.is_shared(base) and _size(base, axis) == size
+            is_row = base is not None and not self._ops.is_shared(base) and size_of(base, axis) == size
             if tensor.requires_grad or is_row:
                 raise PrivacyNotImplementedError(
                     f"{layer.name}: it was called on a single row in a batch of {size} samples, and this row is one of the "
@@ -495,7 +495,7 @@ class TappedModel(OpacusHooks):
                 output, *inputs, self._anchor, seen, layer.receive, axis, fingerprint, self._samples, key, entrance
             )
         except NotImplementedError as error:
-            raise located(error, layer.name) from error
+            raise located(error, layer.name)  # noqa: B904
 
     def _look_at(
         self, observations: Observations, key: Any, layer: Tapped, output: Any, inputs: Any, axis: int
@@ -524,17 +524,14 @@ def has_trainable_params_within(module: nn.Module) -> bool:
     return any(param.requires_grad for param in module.parameters())
 
 
-def _size(tensor: Tensor, axis: int) -> int | None:
-    return tensor.shape[axis] if tensor.dim() > axis else None
-
-
 def _has_one_row(output: Any, axis: int) -> bool:
-    return isinstance(output, Tensor) and output.dim() > axis and output.shape[axis] == 1
+    return isinstance(output, Tensor) and size_of(output, axis) == 1
 
 
 def _expanded(inputs: Any, size: int, axis: int) -> Any:
     def expand(tensor: Tensor) -> Tensor:
-        one = tensor.dim() > axis and tensor.shape[axis] == 1
-        return tensor.expand(*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]) if one else tensor
+        if size_of(tensor, axis) != 1:
+            return tensor
+        return tensor.expand(*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
 
     return tree_map_only(Tensor, expand, inputs)

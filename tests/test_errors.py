@@ -89,6 +89,17 @@ def test_error_of_a_sampler() -> None:
         del NORM_SAMPLERS[Layer]
 
 
+def test_an_error_of_a_tap_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise NotImplementedError("no rows") from KeyError("rows")
+
+    monkeypatch.setattr("opacus_fgc.tapped_model.tap", fails)
+    wrapped = GradSampleModuleFastGradientClipping(nn.Linear(4, 3))
+    with pytest.raises(NotImplementedError, match=r"\(Linear\): no rows") as error:
+        wrapped(torch.randn(2, 4))
+    assert isinstance(error.value.__cause__, KeyError)
+
+
 def mixing_model(mode: str) -> None:
     model = nn.Sequential(nn.Linear(4, 3), Apply(lambda _, x: x - x.mean(0)))
     wrapped = GradSampleModuleFastGradientClipping(model)
