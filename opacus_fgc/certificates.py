@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.model_state import ModelState
-from opacus_fgc.precision import full_precision
+from opacus_fgc.per_sample.precision import full_precision
 from opacus_fgc.samples import Replacement
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc.axes import local
-from opacus_fgc.precision import at_least_float32
+from opacus_fgc.per_sample.precision import at_least_float32
 
 
 @dataclass

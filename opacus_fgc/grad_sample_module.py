@@ -24,9 +24,9 @@ from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, P
 from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
+from opacus_fgc.per_sample.precision import full_precision, is_half, reduced_operations, row_norms
 from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
-from opacus_fgc.planner import NOTHING, Budget, Keep
-from opacus_fgc.precision import full_precision, is_half, reduced_operations, row_norms
+from opacus_fgc.planner import NOTHING, KeepBudget, KeepPolicy
 from opacus_fgc.record import Record, Step
 from opacus_fgc.shards import View, view
 from opacus_fgc.tapped_model import Tapped
@@ -319,7 +319,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
     def first_pass(
         self,
         loss_per_sample: Tensor,
-        keep: Keep = NOTHING,
+        keep: KeepPolicy = NOTHING,
         loss_scale: float = 1.0,
         retain_graph: bool = False,
     ) -> Tensor:
@@ -375,8 +375,8 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         with _pass_of(self):
             torch.autograd.grad(loss, self._anchor, retain_graph=retain_graph, allow_unused=True)
 
-    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: Keep, retain_graph: bool) -> None:
-        record.loss_reduction, record.budget = "sum", Budget(keep)
+    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: KeepPolicy, retain_graph: bool) -> None:
+        record.loss_reduction, record.budget = "sum", KeepBudget(keep)
         record.looking = not _is_finite([loss_per_sample])
         self._backward_to_taps(record.loss_scale * loss_per_sample.sum(), retain_graph or not keep.everything)
 
@@ -592,7 +592,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         # Under FSDP, sums of whole parameters take more than what they are made of.
         self.record = again = first.summing(params, None if self.layout.reshards else coef)
         with self._nothing_left_of_errors():
-            self._pass_to_taps(again, loss_per_sample, Keep(everything=True), retain_graph)
+            self._pass_to_taps(again, loss_per_sample, KeepPolicy(everything=True), retain_graph)
             self._measure_unfinished()
             again.norms([])
         self.record = first

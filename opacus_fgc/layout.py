@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from opacus_fgc.axes import Axis, cut_rows, groups, is_cut, like, local
 from opacus_fgc.checks import describe
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
-from opacus_fgc.precision import widened
+from opacus_fgc.per_sample.precision import widened
 from opacus_fgc.sums import AddNoise, NoisySum, ScatteredSum, buckets, one_ahead
 from opacus_fgc.taps import tensors_in
 

@@ -20,7 +20,7 @@ from opacus_fgc.criterion import SampleLosses, check_criterion
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
-from opacus_fgc.planner import MEMORY, Keep
+from opacus_fgc.planner import MEMORY, KeepPolicy
 
 
 class Backward(Protocol):
@@ -79,7 +79,7 @@ def _clipped_backward(
     loss_per_sample: Tensor,
     loss_scale: float,
     retain_graph: bool,
-    keep: Keep,
+    keep: KeepPolicy,
 ) -> None:
     coef = module.coefficients(module.first_pass(loss_per_sample, keep, loss_scale, retain_graph))
     module.add_to_clipped_sum(module.clipped_gradients(coef, loss_per_sample))

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from torch import nn
 
 from opacus_fgc.per_sample import Measured
-from opacus_fgc.planner import Way
+from opacus_fgc.planner import NormMethod
 from opacus_fgc.taps import Use
 
 if TYPE_CHECKING:
@@ -131,11 +131,11 @@ class Plan(Unwatched):
         row.shapes = " -> ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
         if len(uses) > 1:
             row.shapes = f"{len(uses)} times {row.shapes}"
-        ways = [one.way.value for one in measured.values() if one.way is not Way.STORED]
+        ways = [one.method.value for one in measured.values() if one.method is not NormMethod.STORED]
         if len(measured) < len(trainable):
             ways.append("with a layer that shares its parameters")
         # Of weight and bias, the weight's way says more.
-        row.way = ", ".join(dict.fromkeys(ways)) or Way.STORED.value
+        row.way = ", ".join(dict.fromkeys(ways)) or NormMethod.STORED.value
         row.memory = max(row.memory, sum(one.memory for one in measured.values()))
         row.seconds += self.lap()
         self._by_param.update(dict.fromkeys(measured, row))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 
-class Way(Enum):
+class NormMethod(Enum):
     """A way to the norms of per-sample gradients."""
 
     STORED = "gradients as they are"
@@ -40,7 +40,7 @@ NO_ROOM = Room()
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepPolicy:
     """What a first pass keeps for the clipped sum.
 
     Attributes:
@@ -53,17 +53,17 @@ class Keep:
     everything: bool = False
 
 
-NOTHING = Keep()
+NOTHING = KeepPolicy()
 
 
-class Budget:
+class KeepBudget:
     """What a first pass may keep, told layer by layer.
 
     Args:
         keep: the bounds.
     """
 
-    def __init__(self, keep: Keep = NOTHING) -> None:
+    def __init__(self, keep: KeepPolicy = NOTHING) -> None:
         self.keep = keep
         self._left = 0.0
 
@@ -101,8 +101,8 @@ class Memory:
     """
 
     temporary: int = 2**25
-    ghost: Keep = Keep(share=1 / 6)
-    ghost_bk: Keep = Keep(share=1.3, everything=True)
+    ghost: KeepPolicy = KeepPolicy(share=1 / 6)
+    ghost_bk: KeepPolicy = KeepPolicy(share=1.3, everything=True)
 
 
 MEMORY = Memory()
@@ -127,7 +127,7 @@ class Kernels:
 _TRAFFIC = 30
 
 
-def costs(kernels: Kernels, positions: int, p: int, d: int) -> dict[Way, float]:
+def costs(kernels: Kernels, positions: int, p: int, d: int) -> dict[NormMethod, float]:
     """The extra work of each way for one sample: beyond the step without privacy where the sum is made of what is kept.
 
     Gram matrices take ``T^2 (p + d)`` multiply-adds, gradients ``T p d``. Gradients that are kept are all that the sum
@@ -142,13 +142,13 @@ def costs(kernels: Kernels, positions: int, p: int, d: int) -> dict[Way, float]:
     traffic = _TRAFFIC * p * d
     work = positions * p * d
     return {
-        Way.GRAM: kernels.gram * positions**2 * (p + d),
-        Way.FORMED: kernels.formed * work + traffic,
-        Way.KEPT: (kernels.formed - kernels.gradient) * work + traffic,
+        NormMethod.GRAM: kernels.gram * positions**2 * (p + d),
+        NormMethod.FORMED: kernels.formed * work + traffic,
+        NormMethod.KEPT: (kernels.formed - kernels.gradient) * work + traffic,
     }
 
 
-def cheapest(options: Mapping[Way, float]) -> Way:
+def cheapest(options: Mapping[NormMethod, float]) -> NormMethod:
     """The way that costs least."""
     return min(options, key=options.__getitem__)
 

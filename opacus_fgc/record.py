@@ -12,8 +12,8 @@ from opacus_fgc.axes import local
 from opacus_fgc.certificates import PADDING, TOKENS
 from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
-from opacus_fgc.planner import Budget, Room
-from opacus_fgc.precision import full_precision, is_half, widened
+from opacus_fgc.per_sample.precision import full_precision, is_half, widened
+from opacus_fgc.planner import KeepBudget, Room
 from opacus_fgc.taps import Interleave, Use
 
 
@@ -69,7 +69,7 @@ class Record:
     def __init__(self, loss_reduction: str) -> None:
         self.loss_reduction = loss_reduction
         self.loss_scale = 1.0
-        self.budget = Budget()
+        self.budget = KeepBudget()
         self.batch_size: int | None = None
         self.batch_size_seen: int | None = None
         self.samples_in_loss: int | None = None
@@ -211,7 +211,7 @@ class Record:
         size = self.batch_size_seen if self.samples_in_loss is None else self.samples_in_loss
         if not size or form.batch_size <= size or form.batch_size % size:
             return form
-        return form.folded(form.batch_size // size)
+        return form.sum_over_uses(form.batch_size // size)
 
     def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
         """The norms of the per-sample gradients of these parameters; 0 for a parameter that the loss does not use.

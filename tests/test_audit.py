@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import DPOptimizerFastGradientClipping, PrivacyEngine
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.per_sample import Measured, Room, Rows
+from opacus_fgc.per_sample import Measured, Rows
+from opacus_fgc.planner import Room
 from opacus_fgc.privacy_engine import MODES
 
 COORDINATES = 1000  # of each parameter, and so canaries

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from opacus_fgc import GradSampleModuleFastGradientClipping, planner
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.convolution import Convolution
 from opacus_fgc.norm_samplers.normalization import _default_eps
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
-from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, Rows, Sum
-from opacus_fgc.planner import Way
-from opacus_fgc.precision import factor_norms, full_precision, reduced_operations, row_norms
+from opacus_fgc.per_sample import Convolution, Dense, Outer, PerSampleGradient, Rows, Sum
+from opacus_fgc.per_sample.precision import factor_norms, full_precision, reduced_operations, row_norms
+from opacus_fgc.planner import NormMethod
 from opacus_fgc.privacy_engine import MODES
 
 BOUND = 1 + 1e-6
@@ -83,9 +82,9 @@ def test_long_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32)
     if name in ("formed", "many positions"):
-        monkeypatch.setattr(planner, "cheapest", lambda options: Way.FORMED)
+        monkeypatch.setattr(planner, "cheapest", lambda options: NormMethod.FORMED)
     if name == "kernel":
-        monkeypatch.setattr(planner, "cheapest", lambda options: Way.FORMED)
+        monkeypatch.setattr(planner, "cheapest", lambda options: NormMethod.FORMED)
     form = LONG_FORMS[name]()
     released = form.weighted_sum(torch.ones(1))
     exact = released.to(torch.cdouble if released.is_complex() else torch.double).norm().item()
@@ -148,8 +147,8 @@ def forms(draw: st.DrawFn) -> PerSampleGradient:
 
 
 @settings(max_examples=300, deadline=None)
-@given(form=forms(), way=st.sampled_from(list(Way)), share=st.floats(1e-3, 1))
-def test_contributions(form: PerSampleGradient, way: Way, share: float) -> None:
+@given(form=forms(), way=st.sampled_from(list(NormMethod)), share=st.floats(1e-3, 1))
+def test_contributions(form: PerSampleGradient, way: NormMethod, share: float) -> None:
     """What is stored of one sample alone has at most the clipping norm, which is a share of its norm."""
     cheapest = planner.cheapest
     planner.cheapest = lambda options: way if way in options else cheapest(options)
@@ -171,7 +170,7 @@ def test_contributions(form: PerSampleGradient, way: Way, share: float) -> None:
 @pytest.mark.parametrize("elements", [1, 3, 16])
 def test_few_elements_that_cancel_by_chance(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of thousands of samples the sums of some nearly vanish, and what is released is not rounded as the norm was."""
-    monkeypatch.setattr(planner, "cheapest", lambda options: Way.FORMED)
+    monkeypatch.setattr(planner, "cheapest", lambda options: NormMethod.FORMED)
     torch.manual_seed(0)
     form = Outer(torch.randn(4000, 33, 1).float(), torch.randn(4000, 33, elements).float(), torch.Size((1, elements)))
     norms = form.norm()
@@ -467,9 +466,9 @@ def complex_forms() -> list[PerSampleGradient]:
     ]
 
 
-@pytest.mark.parametrize("way", [Way.GRAM, Way.FORMED, Way.KEPT])
-def test_complex_forms(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "cheapest", lambda options: way if way in options else Way.FORMED)
+@pytest.mark.parametrize("way", [NormMethod.GRAM, NormMethod.FORMED, NormMethod.KEPT])
+def test_complex_forms(way: NormMethod, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "cheapest", lambda options: way if way in options else NormMethod.FORMED)
     torch.manual_seed(0)
     every = complex_forms()
     for form in every:

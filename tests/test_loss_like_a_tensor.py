@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_fgc import DPTensorFastGradientClipping
-from opacus_fgc.planner import MEMORY, Keep
+from opacus_fgc.planner import MEMORY, KeepPolicy
 from opacus_fgc.privacy_engine import MODES
 from tests.reference import reference
 from tests.test_exact import assert_equal
@@ -314,7 +314,7 @@ def test_validation() -> None:
 # Whether the graph is left
 
 
-@pytest.fixture(params=[None, Keep(), Keep(share=100.0)], ids=["as it is", "two passes", "one pass"])
+@pytest.fixture(params=[None, KeepPolicy(), KeepPolicy(share=100.0)], ids=["as it is", "two passes", "one pass"])
 def room(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param is not None:
         monkeypatch.setattr(MEMORY, "ghost", request.param)

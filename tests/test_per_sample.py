@@ -7,9 +7,16 @@ import itertools
 import pytest
 import torch
 
-from opacus_fgc import per_sample, planner
-from opacus_fgc.convolution import Convolution
-from opacus_fgc.per_sample import Dense, NormOnly, Outer, PerSampleGradient, Rows, Sum
+from opacus_fgc import (
+    NORM_SAMPLERS,
+    DPLossFastGradientClipping,
+    DPOptimizerFastGradientClipping,
+    GradSampleModuleFastGradientClipping,
+    per_sample,
+    planner,
+    register_norm_sampler,
+)
+from opacus_fgc.per_sample import Convolution, Dense, NormOnly, Outer, PerSampleGradient, Rows, Sum
 
 N, ROWS, COLUMNS = 4, 6, 5
 SHAPE = torch.Size((ROWS, COLUMNS))
@@ -24,7 +31,27 @@ def rows(positions: int) -> Rows:
     return Rows(torch.randint(ROWS, (N, positions)), torch.randn(N, positions, COLUMNS), SHAPE)
 
 
+class Diagonal(PerSampleGradient):
+    """A form with the least that a form writes: gradients that are zero off a diagonal."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values  # (N, COLUMNS)
+        self.shape = SHAPE
+        self.batch_size = len(values)
+
+    @property
+    def elements(self) -> int:
+        return self.values.numel()
+
+    def materialize(self) -> torch.Tensor:
+        return torch.nn.functional.pad(torch.diag_embed(self.values), (0, 0, 0, ROWS - COLUMNS))
+
+    def select(self, samples: slice | torch.Tensor) -> Diagonal:
+        return Diagonal(self.values[samples])
+
+
 FORMS = {
+    "diagonal": lambda: Diagonal(torch.randn(N, COLUMNS)),
     "dense": lambda: Dense(torch.randn(N, *SHAPE)),
     "outer-1": lambda: outer(1),
     "outer-gram": lambda: outer(2),
@@ -71,6 +98,65 @@ def test_forms_of_one_type_become_one() -> None:
     assert isinstance(per_sample.add([outer(2), outer(3), outer(1)]), Outer)
     assert isinstance(per_sample.add([rows(2), rows(3)]), Rows)
     assert len(per_sample.add([outer(2), rows(3), outer(1), rows(1)]).terms) == 2
+
+
+@pytest.mark.parametrize("uses", [1, 2, 4])
+def test_sum_over_uses(form: PerSampleGradient, uses: int) -> None:
+    expected = form.materialize().unflatten(0, (-1, uses)).sum(1)
+    torch.testing.assert_close(form.sum_over_uses(uses).materialize(), expected)
+
+
+def test_a_new_form_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    form = FORMS["diagonal"]()
+    gradients, coef = form.materialize(), torch.rand(N)
+    monkeypatch.setattr(planner.MEMORY, "temporary", 1)
+    torch.testing.assert_close(form.norm(), gradients.flatten(1).norm(dim=1))
+    torch.testing.assert_close(form.weighted_sum(coef), torch.einsum("n,npd->pd", coef, gradients))
+
+
+def test_a_new_form_serves_a_layer() -> None:
+    """A form of three methods, given by one function for a layer, has the norms and clipped sum of plain autograd."""
+
+    class Scale(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(SHAPE))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight.diagonal()
+
+    def scale_norm_sampler(layer, activations, backprops):
+        return {layer.weight: Diagonal(activations[0] * backprops)}
+
+    torch.manual_seed(0)
+    layer, x = Scale(), torch.randn(N, COLUMNS)
+    one_by_one = [torch.autograd.grad(layer(row[None]).square().sum(), layer.weight)[0] for row in x]
+    norms = torch.stack(one_by_one).flatten(1).norm(dim=1)
+    max_grad_norm = norms.median().item()
+    expected = sum(g * min(1.0, max_grad_norm / n.item()) for g, n in zip(one_by_one, norms, strict=True))
+
+    class SquaredError(torch.nn.Module):
+        reduction = "none"
+
+        def forward(self, outputs: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return (outputs - target).square().sum(1)
+
+    register_norm_sampler(Scale)(scale_norm_sampler)
+    try:
+        module = GradSampleModuleFastGradientClipping(layer, max_grad_norm=max_grad_norm, loss_reduction="sum")
+        optimizer = DPOptimizerFastGradientClipping(
+            torch.optim.SGD(layer.parameters(), lr=1.0),
+            noise_multiplier=0.0,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=N,
+            loss_reduction="sum",
+        )
+        criterion = DPLossFastGradientClipping(module, optimizer, SquaredError(), loss_reduction="sum")
+        criterion(module(x), torch.zeros_like(x)).backward()
+    finally:
+        del NORM_SAMPLERS[Scale]
+    torch.testing.assert_close(module.get_norm_sample(), norms)
+    torch.testing.assert_close(layer.weight.summed_grad, expected)
 
 
 @pytest.mark.parametrize("positions", [2, 9])
@@ -134,7 +220,7 @@ class TiedHalf(Dense):
 def test_terms_that_cancel(name: str, left_over: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The norm is right in float32 when almost nothing of a sample's terms is left."""
     torch.manual_seed(0)
-    monkeypatch.setattr(planner, "cheapest", lambda options: planner.Way.GRAM)
+    monkeypatch.setattr(planner, "cheapest", lambda options: planner.NormMethod.GRAM)
     left = torch.randn(N, 8, 60, dtype=torch.float32)
     right = torch.randn(N, 8, 50, dtype=torch.float32)
     # Each second term takes away the one before it, but for a part; the first sample has an ordinary gradient.

@@ -8,23 +8,22 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import nn
 
-from opacus_fgc import GradSampleModuleFastGradientClipping, convolution, planner
-from opacus_fgc.convolution import Convolution
+from opacus_fgc import GradSampleModuleFastGradientClipping, planner
 from opacus_fgc.loss import book_keeping, double_backward
-from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, SumOverPositions, add
-from opacus_fgc.planner import NO_ROOM, Keep, Room, Way
+from opacus_fgc.per_sample import Convolution, Dense, Outer, PerSampleGradient, SumOverPositions, add, convolution
+from opacus_fgc.planner import NO_ROOM, KeepPolicy, NormMethod, Room
 from tests.case import Case, floats
 from tests.operation_cases import CASES
 from tests.test_exact import assert_equal, expected, private
 from tests.test_shapes import OPTIONS, convolution_cases
 
 EVERYTHING = Room(elements=float("inf"), everything=True)
-WAYS = [Way.GRAM, Way.FORMED, Way.KEPT]
+WAYS = [NormMethod.GRAM, NormMethod.FORMED, NormMethod.KEPT]
 MODES = {"ghost": double_backward, "ghost_bk": book_keeping}
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: way.name)
-def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Way]:
+def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[NormMethod]:
     """Makes the planner take one way wherever it has that option; gives the list of the ways that it then took."""
     taken = []
 
@@ -35,7 +34,7 @@ def forced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> l
     monkeypatch.setattr(planner, "cheapest", cheapest)
     # Room for every gradient, and shifted images whatever the kernel sees.
     for mode in MODES:
-        keep = Keep(share=1e9, everything=mode == "ghost_bk")
+        keep = KeepPolicy(share=1e9, everything=mode == "ghost_bk")
         monkeypatch.setattr(planner.MEMORY, mode, keep)
     monkeypatch.setattr(convolution, "_FEW_SEEN", 0)
     return taken
@@ -54,13 +53,13 @@ def check(case: Case, backward) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_every_way_equals_oracle(case: Case, mode: str, forced: list[Way]) -> None:
+def test_every_way_equals_oracle(case: Case, mode: str, forced: list[NormMethod]) -> None:
     check(case, MODES[mode])
 
 
 # Long enough for every number of blocks that Gram matrices are cut into.
 @pytest.mark.parametrize("positions", [2, 95, 96, 97, 255, 257])
-def test_every_way_on_many_positions(positions: int, forced: list[Way]) -> None:
+def test_every_way_on_many_positions(positions: int, forced: list[NormMethod]) -> None:
     check(Case("linear", lambda: nn.Linear(3, 2), [floats(positions, 3)]), book_keeping)
     assert set(forced) <= set(WAYS) and forced
 
@@ -68,7 +67,7 @@ def test_every_way_on_many_positions(positions: int, forced: list[Way]) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_no_room_equals_oracle(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All parameters go to the second pass, or only their activations and backprops are kept."""
-    monkeypatch.setattr(planner.MEMORY, mode, Keep(everything=mode == "ghost_bk"))
+    monkeypatch.setattr(planner.MEMORY, mode, KeepPolicy(everything=mode == "ghost_bk"))
     for case in CASES:
         check(case, MODES[mode])
 
@@ -76,11 +75,11 @@ def test_no_room_equals_oracle(mode: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 @OPTIONS
 @given(case=convolution_cases())
-def test_every_way_of_a_convolution(case: Case, way: Way) -> None:
+def test_every_way_of_a_convolution(case: Case, way: NormMethod) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "_FEW_SEEN", 0)
-        patch.setattr(planner, "cheapest", lambda options: way if way in options else Way.GRAM)
-        patch.setattr(planner.MEMORY, "ghost_bk", Keep(share=1e9, everything=True))
+        patch.setattr(planner, "cheapest", lambda options: way if way in options else NormMethod.GRAM)
+        patch.setattr(planner.MEMORY, "ghost_bk", KeepPolicy(share=1e9, everything=True))
         check(case, book_keeping)
 
 
@@ -94,22 +93,22 @@ def conv(channels: int, size: int, n: int = 2) -> Convolution:
 
 
 CHOICES = {
-    "one-position": (linear(1, 32, 32), NO_ROOM, Way.CLOSED),
-    "few-positions": (linear(16, 128, 128), NO_ROOM, Way.GRAM),
-    "many-positions": (linear(256, 32, 32), NO_ROOM, Way.FORMED),
-    "many-positions-and-room": (linear(256, 32, 32), EVERYTHING, Way.KEPT),
-    "few-positions-and-room": (linear(4, 128, 128), EVERYTHING, Way.GRAM),
-    "convolution-of-one-position": (conv(8, 1), NO_ROOM, Way.CLOSED),
-    "convolution-of-a-small-image": (conv(64, 4), NO_ROOM, Way.GRAM),
-    "convolution-of-a-large-image": (conv(8, 24), NO_ROOM, Way.FORMED),
-    "convolution-of-a-large-image-and-room": (conv(8, 24), EVERYTHING, Way.KEPT),
+    "one-position": (linear(1, 32, 32), NO_ROOM, NormMethod.CLOSED),
+    "few-positions": (linear(16, 128, 128), NO_ROOM, NormMethod.GRAM),
+    "many-positions": (linear(256, 32, 32), NO_ROOM, NormMethod.FORMED),
+    "many-positions-and-room": (linear(256, 32, 32), EVERYTHING, NormMethod.KEPT),
+    "few-positions-and-room": (linear(4, 128, 128), EVERYTHING, NormMethod.GRAM),
+    "convolution-of-one-position": (conv(8, 1), NO_ROOM, NormMethod.CLOSED),
+    "convolution-of-a-small-image": (conv(64, 4), NO_ROOM, NormMethod.GRAM),
+    "convolution-of-a-large-image": (conv(8, 24), NO_ROOM, NormMethod.FORMED),
+    "convolution-of-a-large-image-and-room": (conv(8, 24), EVERYTHING, NormMethod.KEPT),
 }
 
 
 @pytest.mark.parametrize("form, room, way", CHOICES.values(), ids=CHOICES)
-def test_choice_by_shapes(form: PerSampleGradient, room: Room, way: Way) -> None:
+def test_choice_by_shapes(form: PerSampleGradient, room: Room, way: NormMethod) -> None:
     measured = form.measured(room)
-    assert measured.way is way
+    assert measured.method is way
     assert (measured.kept is not None) == room.everything
     torch.testing.assert_close(measured.norm, Dense(form.materialize()).norm())
 
@@ -122,14 +121,14 @@ def test_choice_follows_the_batch() -> None:
         with module.plan() as plan:
             module.first_pass(module(torch.randn(2, positions, 32)).square().sum((1, 2)))
         ways.append(plan.rows[0].way)
-    assert ways == [way.value for way in (Way.CLOSED, Way.GRAM, Way.FORMED)]
+    assert ways == [way.value for way in (NormMethod.CLOSED, NormMethod.GRAM, NormMethod.FORMED)]
 
 
 @pytest.mark.parametrize("form", [linear(64, 48, 40, 9), conv(16, 12, 9)], ids=["linear", "convolution"])
-@pytest.mark.parametrize("way", [Way.GRAM, Way.FORMED], ids=lambda way: way.name)
+@pytest.mark.parametrize("way", [NormMethod.GRAM, NormMethod.FORMED], ids=lambda way: way.name)
 @pytest.mark.parametrize("samples", [1, 2, 4])
 def test_temporaries_are_bounded(
-    form: SumOverPositions, way: Way, samples: int, monkeypatch: pytest.MonkeyPatch
+    form: SumOverPositions, way: NormMethod, samples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planner, "cheapest", lambda options: way)
     monkeypatch.setattr(planner.MEMORY, "temporary", 4 * samples * form.temporary(way))
@@ -161,9 +160,9 @@ def test_ghost_spares_the_second_pass_where_all_can_be_kept(monkeypatch: pytest.
 @pytest.mark.parametrize("uses", [1, 2, 3])
 def test_folded_is_the_sum_over_uses(form: PerSampleGradient, uses: int) -> None:
     gradients = form.materialize()
-    folded = form.folded(uses)
-    torch.testing.assert_close(folded.materialize(), gradients.unflatten(0, (-1, uses)).sum(1))
-    torch.testing.assert_close(folded.norm(), folded.materialize().flatten(1).norm(dim=1))
+    sum_over_uses = form.sum_over_uses(uses)
+    torch.testing.assert_close(sum_over_uses.materialize(), gradients.unflatten(0, (-1, uses)).sum(1))
+    torch.testing.assert_close(sum_over_uses.norm(), sum_over_uses.materialize().flatten(1).norm(dim=1))
 
 
 def test_convolutions_of_large_images_add_up_as_gradients() -> None:

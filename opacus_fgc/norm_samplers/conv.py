@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_fgc.convolution import Convolution
 from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_norm_sampler
-from opacus_fgc.per_sample import Dense
-from opacus_fgc.precision import at_least_float32
+from opacus_fgc.per_sample import Convolution, Dense
+from opacus_fgc.per_sample.precision import at_least_float32
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 ConvTranspose = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

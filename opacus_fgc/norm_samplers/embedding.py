@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from opacus_fgc.norm_samplers.registry import Forms, register_norm_sampler
 from opacus_fgc.per_sample import Rows
-from opacus_fgc.precision import at_least_float32
+from opacus_fgc.per_sample.precision import at_least_float32
 
 
 def _refuse_mixing(layer: nn.Embedding | nn.EmbeddingBag) -> None:

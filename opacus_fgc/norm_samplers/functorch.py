@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from opacus_fgc.norm_samplers.registry import Forms
 from opacus_fgc.per_sample import Dense, add
-from opacus_fgc.precision import at_least_float32
+from opacus_fgc.per_sample.precision import at_least_float32
 from opacus_fgc.taps import Call, Interleave, Use
 
 

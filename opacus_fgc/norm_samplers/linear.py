@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_norm_sampler
 from opacus_fgc.per_sample import Dense, Outer
-from opacus_fgc.precision import at_least_float32
+from opacus_fgc.per_sample.precision import at_least_float32
 
 
 def as_positions(tensor: Tensor) -> Tensor:

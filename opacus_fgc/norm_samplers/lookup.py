@@ -66,7 +66,7 @@ class Registered:
                 backprop = interleave([backprop for _, backprop in group])
             for param, gradient in self._function(layer, activations, backprop).items():
                 form = self._as_form(gradient, param.shape)
-                forms.setdefault(param, []).append(form.folded(len(group)) if len(group) > 1 else form)
+                forms.setdefault(param, []).append(form.sum_over_uses(len(group)) if len(group) > 1 else form)
         return {param: add(several) for param, several in forms.items()}
 
 

@@ -11,9 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from opacus_fgc.per_sample import Dense, Measured, Outer, PerSampleGradient, Squares, SumOverPositions, add
-from opacus_fgc.planner import NO_ROOM, Kernels, Room, Way
-from opacus_fgc.precision import at_least_float32, row_norms, widest
+from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
+from opacus_fgc.per_sample.outer import Outer
+from opacus_fgc.per_sample.precision import at_least_float32, row_norms, widest
+from opacus_fgc.per_sample.squares import Squares
+from opacus_fgc.per_sample.sum import add
+from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
+from opacus_fgc.planner import NO_ROOM, Kernels, NormMethod, Room
 
 # Where the kernel sees fewer elements than this, one product of patches is faster than many small ones of shifted images.
 _FEW_SEEN = 64
@@ -103,9 +107,9 @@ class Convolution(SumOverPositions):
         images, backprops = self.images[samples], self.backprops[samples]
         return Convolution(images, backprops, self.shape, self._stride, self._padding, self._dilation, self._groups)
 
-    def temporary(self, way: Way) -> int:
+    def temporary(self, way: NormMethod) -> int:
         groups, positions, _, d = self.sizes
-        if way is Way.GRAM:
+        if way is NormMethod.GRAM:
             return groups * positions * (positions + d)
         return super().temporary(way) + math.prod(self.images.shape[1:]) + math.prod(self.backprops.shape[1:])
 
@@ -216,5 +220,5 @@ class Convolution(SumOverPositions):
     def joined(cls, forms: Sequence[Convolution]) -> PerSampleGradient:
         return add([form._summable() for form in forms])
 
-    def folded(self, uses: int) -> PerSampleGradient:
-        return self._summable().folded(uses)
+    def sum_over_uses(self, uses: int) -> PerSampleGradient:
+        return self._summable().sum_over_uses(uses)

@@ -1,0 +1,144 @@
+"""Sums of outer products: the weight gradients of linear maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
+from opacus_fgc.per_sample.precision import at_least_float32, factor_norms, least_norm, product, row_norms, widened
+from opacus_fgc.per_sample.squares import Squares
+from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
+from opacus_fgc.planner import NO_ROOM, Kernels, NormMethod, Room
+
+# How many terms of an inner product, and of a gradient, are added up at once.
+_GRAM_TERMS, _TERMS = 2**11, 2**14
+
+
+def _gram_inner(left: Tensor, right: Tensor) -> Squares:
+    """``sum_ts <left_t, left_s> <right_t, right_s>`` of each sample, from both ``(N, groups, T, *)``.
+
+    Gram matrices are Hermitian: where they are large, only blocks from the diagonal on are computed.
+    """
+    positions = left.shape[2]
+    blocks = 1 if positions < 96 else 2 if positions < 256 else 4
+    step = -(-positions // blocks)
+    totals: list[Tensor] = []
+    scales: list[Tensor] = []
+    shortest: list[list[Tensor]] = []  # squared, of left and right
+
+    def add(factor: int, left_gram: Tensor, right_gram: Tensor) -> None:
+        products = left_gram.mul_(right_gram).flatten(1)
+        sums = products.sum(1).real, (products.abs() if products.is_complex() else products.abs_()).sum(1)
+        for sum_, several in zip(sums, (totals, scales), strict=True):
+            several.append(sum_ if factor == 1 else factor * sum_)
+
+    for start in range(0, positions, step):
+        rows, others = slice(start, start + step), slice(start + step, None)
+        left_rows, right_rows = left[:, :, rows], right[:, :, rows]
+        grams = [product(side, side.mH, _GRAM_TERMS) for side in (left_rows, right_rows)]
+        shortest.append([gram.diagonal(dim1=2, dim2=3).real.amin((1, 2)) for gram in grams])
+        add(1, *grams)
+        if start + step < positions:
+            sides = (left_rows, left[:, :, others]), (right_rows, right[:, :, others])
+            add(2, *(product(of_rows, of_others.mH, _GRAM_TERMS) for of_rows, of_others in sides))
+
+    total, scale = (several[0] if len(several) == 1 else torch.stack(several).sum(0) for several in (totals, scales))
+    bounds = [least_norm(side.shape[3], total.dtype) for side in (left, right)]
+    small = torch.zeros_like(total, dtype=torch.bool)
+    for of_left, of_right in shortest:
+        small |= (of_left < bounds[0] ** 2) | (of_right < bounds[1] ** 2)
+
+    def vanished() -> Tensor:
+        norms = [factor_norms(side) for side in (left, right)]
+        # A small side does not matter if the other one is 0, or its product with it is nothing beside the rest.
+        lost = norms[0] * norms[1] * ((norms[0] < bounds[0]) | (norms[1] < bounds[1]))
+        return ~(lost.flatten(1).sum(1) <= torch.finfo(total.dtype).eps * total.clamp(min=0).sqrt())
+
+    return Squares(total, scale, small, vanished)
+
+
+class Outer(SumOverPositions):
+    """``gradient[n] = sum_t left[n, :, t] (x) right[n, :, t]``, the weight gradient of a linear map.
+
+    The norm needs no gradient: it is one product of norms where ``T = 1`` (Goodfellow 2015,
+    arXiv:1510.01799), and ``sum_ts <left_t, left_s> <right_t, right_s>``, from two Gram matrices,
+    otherwise (Li et al. 2022, arXiv:2110.05679). Where ``T`` is large, forming the product is cheaper.
+
+    Args:
+        left: shape ``(N, groups, T, p)``; ``(N, T, p)`` is one group.
+        right: shape ``(N, groups, T, d)``; ``(N, T, d)`` is one group.
+        shape: shape of the parameter, ``groups * p * d`` elements in that order.
+    """
+
+    KERNELS = Kernels(gram=1.25, formed=1.2, gradient=1.0)
+
+    def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
+        self.left = left if left.dim() == 4 else left.unsqueeze(1)
+        self.right = right if right.dim() == 4 else right.unsqueeze(1)
+        self.shape = shape
+        self.batch_size = len(left)
+
+    @property
+    def elements(self) -> int:
+        # The activations are in memory anyway, for as long as autograd has use for them.
+        return self.left.numel()
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return *self.left.shape[1:], self.right.shape[3]
+
+    def select(self, samples: slice | Tensor) -> Outer:
+        return Outer(self.left[samples], self.right[samples], self.shape)
+
+    def gram(self) -> Squares:
+        return _gram_inner(at_least_float32(self.left), at_least_float32(self.right))
+
+    def formed(self) -> Dense:
+        return Dense(self.materialize())
+
+    def measured(self, room: Room = NO_ROOM) -> Measured:
+        if self.left.shape[2] > 1:
+            return super().measured(room)
+        return Measured(self.norm_of_terms(), self if self.fits(room) else None, NormMethod.CLOSED)
+
+    def norm_of_terms(self) -> Tensor:
+        # The square of one side may vanish, or overflow, and its product with the other be of an ordinary size.
+        norms = (factor_norms(self.left) * factor_norms(self.right)).flatten(1)
+        norm = row_norms(norms) if norms.shape[1] > 1 else norms.squeeze(1)
+        return norm.to(widened(self.left.dtype).to_real())
+
+    def weighted_sum(self, coef: Tensor) -> Tensor:
+        left, right = at_least_float32(self.left), at_least_float32(self.right)
+        coef = coef.to(left.dtype.to_real())[:, None, None, None]
+        if left.shape[3] < right.shape[3]:
+            left = left * coef
+        else:
+            right = right * coef
+        if left.shape[1] == 1:
+            return product(left.flatten(0, 2).mT, right.flatten(0, 2), _TERMS).reshape(self.shape)
+        return torch.einsum("ngtp,ngtd->gpd", left, right).reshape(self.shape)
+
+    def materialize(self) -> Tensor:
+        gradients = product(at_least_float32(self.left).mT, at_least_float32(self.right), _TERMS)
+        return gradients.reshape(self.batch_size, *self.shape)
+
+    def inner(self, other: PerSampleGradient) -> Tensor:
+        if not isinstance(other, (Dense, Outer)):
+            return other.inner(self)
+        groups, _, p, d = self.sizes
+        dense = at_least_float32(other.materialize()).reshape(self.batch_size, groups, p, d)
+        left, right = at_least_float32(self.left), at_least_float32(self.right)
+        return (left.conj() @ dense * right.conj()).sum((1, 2, 3)).real
+
+    @classmethod
+    def joined(cls, forms: Sequence[Outer]) -> Outer:
+        left, right = torch.cat([form.left for form in forms], 2), torch.cat([form.right for form in forms], 2)
+        return cls(left, right, forms[0].shape)
+
+    def sum_over_uses(self, uses: int) -> Outer:
+        # (N * uses, groups, T, *) to (N, groups, uses * T, *), by a view where there is one group.
+        left, right = (side.unflatten(0, (-1, uses)).transpose(1, 2).flatten(2, 3) for side in (self.left, self.right))
+        return Outer(left, right, self.shape)

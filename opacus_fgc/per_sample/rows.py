@@ -1,0 +1,86 @@
+"""Gradients that touch few rows of a table: those of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opacus_fgc.per_sample.base import PerSampleGradient
+from opacus_fgc.per_sample.outer import Outer
+from opacus_fgc.per_sample.precision import at_least_float32, row_norms, widest
+from opacus_fgc.planner import NormMethod
+
+
+class Rows(PerSampleGradient):
+    """Gradients that touch few rows of a table: ``gradient[n, index[n, s]] += values[n, s]``.
+
+    Args:
+        index: rows, shape ``(N, S)``, int.
+        values: what is added to them, shape ``(N, S, d)``.
+        shape: shape of the parameter, ``(rows, d)``.
+    """
+
+    method = NormMethod.ROWS
+
+    def __init__(self, index: Tensor, values: Tensor, shape: torch.Size) -> None:
+        self.index = index.long()
+        self.values = values
+        self.shape = shape
+        self.batch_size = len(values)
+
+    @property
+    def elements(self) -> int:
+        return self.values.numel()
+
+    def norm(self) -> Tensor:
+        # Row r of sample n becomes row n * rows + r of one table, of which only the rows in use are kept.
+        offsets = torch.arange(self.batch_size, device=self.index.device).unsqueeze(1) * self.shape[0]
+        keys, position = torch.unique(self.index + offsets, return_inverse=True)
+        values = at_least_float32(self.values)
+        table = values.new_zeros(len(keys), self.shape[1])
+        table.index_add_(0, position.flatten(), values.flatten(0, 1))
+        norms = row_norms(table)
+        squares = widest(norms).square()
+        squares = squares.new_zeros(self.batch_size).index_add_(0, keys // self.shape[0], squares)
+        return self.above_rounding(squares.sqrt().to(norms.dtype))
+
+    @property
+    def summands(self) -> int:
+        return self.values.shape[1]
+
+    def norm_of_terms(self) -> Tensor:
+        return row_norms(at_least_float32(self.values).flatten(1))
+
+    def weighted_sum(self, coef: Tensor) -> Tensor:
+        values = at_least_float32(self.values)
+        values = values * coef.to(values.dtype.to_real())[:, None, None]
+        return values.new_zeros(self.shape).index_add_(0, self.index.flatten(), values.flatten(0, 1))
+
+    def materialize(self) -> Tensor:
+        values = at_least_float32(self.values)
+        gradients = values.new_zeros(self.batch_size, *self.shape)
+        return gradients.scatter_add_(1, self.index.unsqueeze(2).expand_as(values), values)
+
+    def inner(self, other: PerSampleGradient) -> Tensor:
+        values = at_least_float32(self.values)
+        if isinstance(other, Outer):
+            # The head's gradient at the embedding's rows: left[:, t, index[s]] * <right_t, values_s>.
+            left, right = at_least_float32(other.left.squeeze(1)), at_least_float32(other.right.squeeze(1))
+            index = self.index.unsqueeze(1).expand(-1, left.shape[1], -1)
+            return (left.gather(2, index) * (right @ values.mH)).sum((1, 2)).real
+        dense = at_least_float32(other.materialize())
+        return (dense.gather(1, self.index.unsqueeze(2).expand_as(values)) * values.conj()).sum((1, 2)).real
+
+    @classmethod
+    def joined(cls, forms: Sequence[Rows]) -> Rows:
+        index, values = torch.cat([form.index for form in forms], 1), torch.cat([form.values for form in forms], 1)
+        return cls(index, values, forms[0].shape)
+
+    def select(self, samples: slice | Tensor) -> Rows:
+        return Rows(self.index[samples], self.values[samples], self.shape)
+
+    def sum_over_uses(self, uses: int) -> Rows:
+        index, values = (side.unflatten(0, (-1, uses)).flatten(1, 2) for side in (self.index, self.values))
+        return Rows(index, values, self.shape)

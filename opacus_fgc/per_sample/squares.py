@@ -1,0 +1,49 @@
+"""Norms from sums of terms that may cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Squares(NamedTuple):
+    """Squared norms that came of adding up what may cancel.
+
+    Attributes:
+        values: shape ``(N,)``.
+        scale: the sum of the absolute values of what was added up, or more; shape ``(N,)``.
+        small: a mask of the samples with factors so small that squares of them may have vanished, shape ``(N,)``; None for none.
+        vanished: says of which samples that matters, by another such mask.
+    """
+
+    values: Tensor
+    scale: Tensor
+    small: Tensor | None = None
+    vanished: Callable[[], Tensor] | None = None
+
+    def norm(self, exact: Callable[[Tensor], Tensor]) -> Tensor:
+        """The norms: what they are, or more by as much as they may have been rounded down.
+
+        Args:
+            exact: computes those of the masked samples in another way, in which nothing is squared before it cancels.
+        """
+        rounding = _ROUNDINGS * torch.finfo(self.values.dtype).eps
+        norm = torch.add(self.values, self.scale, alpha=rounding).clamp_(min=0).sqrt_()
+        # Not `<=`: where something overflowed, NaN is neither.
+        doubtful = ~(_CANCELLED * self.values > self.scale)
+        seen = doubtful if self.small is None else doubtful | self.small
+        if seen.any():
+            doubtful &= self.scale != 0
+            if self.small is not None and self.vanished is not None:
+                doubtful |= self.small & self.vanished()
+            if doubtful.any():
+                norm[doubtful] = exact(doubtful)
+        return norm
+
+
+# Squares are off by so many roundings of their scale at most (3.6 were measured, with few and with many, with equal and with
+# random terms), which is less than 1e-5 of them as long as this share of the scale is left.
+_ROUNDINGS, _CANCELLED = 4, 32
