@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -71,13 +72,11 @@ class PerSampleGradient(ABC):
 
     def _slices(self) -> Iterator[tuple[slice, Dense]]:
         """The gradients of all samples, as many at a time as `planner.MEMORY` allows."""
-        for samples in planner.slices(self.batch_size, self.shape.numel()):
+        for samples in planner.slices(max(1, self.batch_size), self.shape.numel()):  # an empty batch is one slice
             yield samples, Dense(self.select(samples).materialize())
 
     def norm(self) -> Tensor:
         """L2 norm of each sample's gradient, shape ``(N,)``, float32 or wider."""
-        if self.batch_size == 0:
-            return Dense(self.materialize()).norm()
         return torch.cat([gradients.norm() for _, gradients in self._slices()])
 
     def norm_one_by_one(self, samples: Tensor) -> Tensor:
@@ -130,9 +129,8 @@ class PerSampleGradient(ABC):
         rounded by up to 0.4 %, and so may the clipping norm be exceeded; and in a large sum a sample moves an element by a
         step of that sum.
         """
-        if self.batch_size == 0:
-            return Dense(self.materialize()).weighted_sum(coef)
-        return torch.stack([gradients.weighted_sum(coef[samples]) for samples, gradients in self._slices()]).sum(0)
+        # Added up one by one: side by side, the sums of the slices take as much memory as the gradients.
+        return reduce(torch.add, (gradients.weighted_sum(coef[samples]) for samples, gradients in self._slices()))
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         """Inner product with another form of the same parameter, sample by sample, shape ``(N,)``."""
