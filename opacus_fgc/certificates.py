@@ -13,7 +13,7 @@ import math
 import random
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,12 @@ from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.model_state import ModelState
 from opacus_fgc.per_sample.precision import full_precision
 from opacus_fgc.samples import Replacement
+
+REPEATS = 3
+"""How often a pass is run again to see whether it is deterministic."""
+
+ROUNDINGS = 64
+"""How many roundings of a sum of sizes may differ, where sums are added up in another order each time."""
 
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 """What says nothing about a model whose forward fails with it."""
@@ -70,7 +76,7 @@ def _sums(rows: Tensor, weights: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=16)
 def _weights(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Two weights for each place, shape ``(2, size)``: multiples of irrational numbers, which are spread evenly."""
-    places = torch.arange(1, size + 1, dtype=torch.float64)
+    places = torch.arange(1, size + 1, dtype=torch.float64, device="cpu")
     weights = [(places * ratio).frac() + 0.5 for ratio in ((math.sqrt(5) - 1) / 2, math.sqrt(2) - 1)]
     # In this order a product with rows takes a fifth of the time.
     return torch.stack(weights).to(device, dtype)
@@ -98,7 +104,7 @@ def owners(rows: int, size: int, samples: Tensor | None = None) -> Tensor | None
         return samples[:rows].cpu()
     if size == 0 or rows % size:
         return None
-    return torch.arange(size).repeat_interleave(rows // size)
+    return torch.arange(size, device="cpu").repeat_interleave(rows // size)
 
 
 # When
@@ -209,7 +215,9 @@ def weights(size: int, draws: int, generator: random.Random, exponents: Sequence
     numbers = generator.sample(range(base**draws), min(size, base**draws))
     numbers += [generator.randrange(base**draws) for _ in range(size - len(numbers))]
     digits = [[exponents[number // base**draw % base] for number in numbers] for draw in range(draws)]
-    return [torch.tensor([2.0**exponent for exponent in of_draw], dtype=torch.float64) for of_draw in digits]
+    return [
+        torch.tensor([2.0**exponent for exponent in of_draw], dtype=torch.float64, device="cpu") for of_draw in digits
+    ]
 
 
 def draws_that_tell(size: int) -> int:
@@ -243,7 +251,7 @@ def check_owners(
         NotImplementedError: if a row belongs to another sample, to several, or has a gradient that is not linear in the loss.
         ValueError: if there are more losses than rows.
     """
-    ones = torch.ones(size, dtype=torch.float64)
+    ones = torch.ones(size, dtype=torch.float64, device="cpu")
     plain = run(ones) if plain is None else plain
     draws = draw(FEW_EXPONENTS if plain.half else EXPONENTS)
     weighted = [run(weights) for weights in draws]
@@ -251,13 +259,11 @@ def check_owners(
     if on_all_ranks(not suspects):
         return
     # Kernels that are not deterministic, and numbers too small to be rounded as others are, do not tell.
-    noise = [
-        _noise(plain, run(ones)),
-        *(_noise(one, run(weights)) for one, weights in zip(weighted, draws, strict=True)),
-    ]
-    suspects = _wrong_rows(size, draws, plain, weighted, noise)
-    doubled = run(8 * ones)
-    error = _owner_error(size, draws, plain, weighted, doubled, suspects[0], describe) if suspects else None
+    noise = _noise(plain, [run(ones) for _ in range(REPEATS)])
+    noises = [_noise(one, [run(weights) for _ in range(REPEATS)]) for one, weights in zip(weighted, draws, strict=True)]
+    suspects = _wrong_rows(size, draws, plain, weighted, (noise, noises))
+    several = run(8 * ones)
+    error = _owner_error(size, draws, plain, weighted, several, noise, suspects[0], describe) if suspects else None
     raise_on_all_ranks(error, on_all_ranks)
 
 
@@ -273,14 +279,15 @@ def _owner_error(
     draws: list[Tensor],
     plain: Backprops,
     weighted: list[Backprops],
-    doubled: Backprops,
+    several: Backprops,
+    noise: _Noise,
     suspect: tuple[Output, list[int]],
     describe: Callable[[Any], str],
 ) -> Exception:
     key, rows = suspect
     layer, of_ones = describe(key.call), plain.sketches[key]
-    several = doubled.sketches.get(key, of_ones)
-    if _beyond(several - 8 * of_ones, 8 * of_ones, plain.half).any():
+    of_eights = several.sketches.get(key, of_ones)
+    if _is_beyond(of_eights - 8 * of_ones, 8 * of_ones, plain.half, 16 * noise.allowed(key, of_ones)).any():
         return PrivacyNotImplementedError(
             f"{layer} gets a gradient that is not linear in the loss: for 8 times the loss it is not 8 times as large. "
             "Between this layer and the loss there is a gradient hook, or an autograd.Function with a backward of its "
@@ -334,12 +341,13 @@ _SMALLEST = 2.0**-100
 """Sums of sizes below which rounding is not that of larger numbers; they are nothing beside any clipping norm."""
 
 
-def _beyond(difference: Tensor, scale: Tensor, half: bool) -> Tensor:
-    """In which rows a difference is more than rounding where numbers are too small, or float16."""
+def _is_beyond(difference: Tensor, scale: Tensor, half: bool, allowed: Tensor) -> Tensor:
+    """In which rows a difference is more than what is allowed, and than rounding where numbers are too small, or float16."""
     size = scale[:, 2:].nan_to_num()
     # Much of what float16 has to hold lies below its smallest normal number.
     tolerance = (size * 2.0**-3).clamp(min=2.0**-10) if half else torch.zeros_like(size)
-    return (difference.nan_to_num().abs() > tolerance + _SMALLEST).any(1)
+    difference = difference.nan_to_num().abs()
+    return (difference > tolerance + _SMALLEST).any(1) & (difference > allowed).any(1)
 
 
 def _wrong_rows(
@@ -347,7 +355,7 @@ def _wrong_rows(
     draws: list[Tensor],
     plain: Backprops,
     weighted: list[Backprops],
-    noise: Sequence[Mapping[Output, Tensor]] | None,
+    noises: tuple[_Noise, list[_Noise]] | None,
 ) -> list[tuple[Output, list[int]]]:
     """The outputs of which some rows are not what they have to be, and these rows."""
     result = []
@@ -357,29 +365,46 @@ def _wrong_rows(
             if len(of_ones) and bool((of_ones[:, 2] != 0).any()):
                 result.append((key, list(range(len(of_ones)))))
             continue
-        bad = torch.zeros(len(of_ones), dtype=torch.bool)
+        bad = torch.zeros(len(of_ones), dtype=torch.bool, device="cpu")
         for place, (draw, one) in enumerate(zip(draws, weighted, strict=True)):
             factor = draw[expected].to(of_ones)[:, None]
             wanted, got = of_ones * factor, one.sketches.get(key, torch.zeros_like(of_ones))
             wrong = _differ(wanted, got)
-            if noise is not None:
-                allowed = 8 * (noise[0].get(key, 0) * factor + noise[1 + place].get(key, 0))
-                wrong &= ((got - wanted).nan_to_num().abs() > allowed).any(1) & _beyond(
-                    got - wanted, wanted, plain.half
-                )
+            if noises is not None:
+                allowed = noises[0].allowed(key, of_ones) * factor + noises[1][place].allowed(key, got)
+                wrong &= _is_beyond(got - wanted, wanted, plain.half, allowed)
             bad |= wrong.cpu()
         if bad.any():
             result.append((key, bad.nonzero().flatten().tolist()))
     return result
 
 
-def _noise(first: Backprops, second: Backprops) -> dict[Output, Tensor]:
-    """By how much two passes that should be the same differ, a number for each of the columns."""
-    return {
-        key: (value - second.sketches.get(key, value)).nan_to_num().abs().amax(0, keepdim=True)
+def _rounded(sketches: Tensor) -> Tensor:
+    return ROUNDINGS * torch.finfo(sketches.dtype).eps * sketches[:, 2:].nan_to_num()
+
+
+class _Noise(NamedTuple):
+    """By how much passes that should be the same differ, a number for each of the columns."""
+
+    of: dict[Output, Tensor]
+    deterministic: bool
+
+    def allowed(self, key: Output, rows: Tensor) -> Tensor:
+        """By how much sketches of rows may differ from what they should be; shape ``(rows, 1)`` or ``(rows, 3)``."""
+        if self.deterministic:
+            return torch.zeros_like(rows[:, 2:])
+        return 8 * self.of.get(key, 0) + _rounded(rows)
+
+
+def _noise(first: Backprops, others: Sequence[Backprops]) -> _Noise:
+    of = {
+        key: torch.stack(
+            [(value - other.sketches.get(key, value)).nan_to_num().abs().amax(0, keepdim=True) for other in others]
+        ).amax(0)
         for key, value in first.sketches.items()
         if len(value)
     }
+    return _Noise(of, not any(bool(value.any()) for value in of.values()))
 
 
 def _owners_found(draws: list[Tensor], plain: Tensor, weighted: list[Tensor]) -> list[int] | None:
@@ -569,8 +594,8 @@ def check_independence(
     suspects = _changed(first, other, replacement, certified, None)
     if not on_all_ranks(not suspects):
         # Kernels that are not deterministic tell by how much.
-        again = run(None, None)
-        if _structure(again) == _structure(first):
+        again = [run(None, None) for _ in range(REPEATS)]
+        if all(_structure(one) == _structure(first) for one in again):
             suspects = _changed(first, other, replacement, certified, _differences(first, again))
         raise_on_all_ranks(_mixing_error(suspects[0], replacement) if suspects else None, on_all_ranks)
     _compare_states(name, first, other, run, certified, on_all_ranks)
@@ -654,14 +679,24 @@ def _structure(forward: Forward) -> list[Any]:
     return [(one.key, one.shape, order) for one, order in zip(forward.seen, samples, strict=True)]
 
 
-def _differences(first: Forward, second: Forward) -> list[list[Tensor]]:
-    """By how much two forwards differ, a number for each tensor, axis and column."""
-    return [
+def _differences(first: Forward, others: Sequence[Forward]) -> list[list[Tensor]]:
+    """By how much forwards that should be the same differ, a number for each tensor, axis and column, and rounding if they do."""
+    differences = [
         [
-            (a - b).nan_to_num().abs().amax(0, keepdim=True) if len(a) else a
-            for a, b in zip(x.sketches, y.sketches, strict=True)
+            torch.stack([(a - other.seen[place].sketches[axis]).nan_to_num().abs() for other in others])
+            .amax(0)
+            .amax(0, keepdim=True)
+            if len(a)
+            else a
+            for axis, a in enumerate(one.sketches)
         ]
-        for x, y in zip(first.seen, second.seen, strict=True)
+        for place, one in enumerate(first.seen)
+    ]
+    if not any(bool(difference.any()) for of_one in differences for difference in of_one):
+        return differences
+    return [
+        [difference + _rounded(a) / 8 if len(a) else a for difference, a in zip(of_one, one.sketches, strict=True)]
+        for of_one, one in zip(differences, first.seen, strict=True)
     ]
 
 
@@ -705,9 +740,8 @@ def _kept_rows_differ(
         # Nobody knows whose these rows are; backward refuses them.
         return False
     # One row is shared by the batch.
-    kept = (
-        torch.ones(1, dtype=torch.bool) if expected is None else ~torch.isin(expected, torch.tensor(replacement.chosen))
-    )
+    chosen = torch.tensor(replacement.chosen, device="cpu")
+    kept = torch.ones(1, dtype=torch.bool, device="cpu") if expected is None else ~torch.isin(expected, chosen)
     kept = kept.to(first.device)
     a, b = first[kept], second[kept]
     differ = _differ(a, b)

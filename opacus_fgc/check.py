@@ -335,7 +335,7 @@ def _chosen_samples(batch_size: int, samples: int) -> list[int]:
     count = min(samples, batch_size)
     if count < 1:
         raise ValueError(f"{samples} of {batch_size} samples cannot be compared; it takes one at least")
-    return torch.linspace(0, batch_size - 1, count, dtype=torch.float64).round().long().tolist()
+    return torch.linspace(0, batch_size - 1, count, dtype=torch.float64, device="cpu").round().long().tolist()
 
 
 def _chosen_parameters(model: nn.Module, max_elements: int) -> frozenset[str]:
@@ -535,7 +535,7 @@ def _alone(subject: _Subject, samples: Sequence[int]) -> Iterator[tuple[Tensor, 
 def _compared(
     subject: _Subject, samples: Sequence[int], steps: Sequence[_Steps], max_grad_norm: float, tolerance: float
 ) -> CheckReport:
-    losses = torch.zeros(len(samples), dtype=torch.float64)
+    losses = torch.zeros(len(samples), dtype=torch.float64, device="cpu")
     norms = {name: torch.zeros_like(losses) for name in steps[0].norms}
     for n, (loss, gradients) in enumerate(_alone(subject, samples)):
         losses[n] = loss
@@ -583,4 +583,4 @@ def _relative(error: Tensor, scale: Tensor) -> float:
 
 def _largest(values: Iterable[float]) -> float:
     """As `max`, which passes over NaN."""
-    return torch.tensor(list(values), dtype=torch.float64).max().item()
+    return torch.tensor(list(values), dtype=torch.float64, device="cpu").max().item()

@@ -380,7 +380,7 @@ def _by_sample(losses: Tensor, counts: Tensor, within: str, shape: Sequence[int]
     return sums / torch.where(counted == 0, torch.ones_like(counted), counted)
 
 
-_NO_NUMBER = torch.zeros(2)
+_NO_NUMBER = torch.zeros(2, device="cpu")
 
 
 def _one_at_a_time(criterion: Callable[..., Any], arguments: Arguments) -> Tensor:

@@ -47,7 +47,7 @@ def check_independent_losses(copies: Callable[[], Any], evaluate: Evaluate, argu
     Raises:
         ValueError: if a loss depends on another sample, on earlier batches, or is another in each run.
     """
-    everyone = torch.arange(arguments.size)
+    everyone = torch.arange(arguments.size, device="cpu")
 
     def losses(source: Tensor, criterion: Any = None) -> Tensor:
         with same_random_numbers(arguments.device):
@@ -135,7 +135,7 @@ def check_reduced_loss(copies: Callable[[], Any], evaluate: Evaluate, arguments:
     some = max(_SAMPLES, _ELEMENTS // max(elements, 1))
     large = elements * arguments.size > _ELEMENTS
     if some < arguments.size:
-        arguments = arguments.taken(torch.arange(some))
+        arguments = arguments.taken(torch.arange(some, device="cpu"))
     for dtype in (None,) if large else (torch.float64, torch.float32, None):
         try:
             return _compare_reduced(copies, evaluate, arguments, dtype)
@@ -153,7 +153,7 @@ def check_reduced_loss(copies: Callable[[], Any], evaluate: Evaluate, arguments:
 def _compare_reduced(
     copies: Callable[[], Any], evaluate: Evaluate, arguments: Arguments, dtype: torch.dtype | None
 ) -> bool:
-    everyone = torch.arange(arguments.size)
+    everyone = torch.arange(arguments.size, device="cpu")
     types = [leaf.dtype for leaf in arguments.with_gradient()] if dtype is None else [dtype]
     tolerance = max(torch.finfo(one).eps for one in types) ** 0.5
     counts = _counts(copies, evaluate, arguments.taken(everyone, dtype=dtype), tolerance)

@@ -78,7 +78,8 @@ def common_generator(layout: Layout, generator: Any) -> Any:
     """
     if isinstance(generator, SecureGenerator):
         return CommonSecureGenerator(layout.common(secrets.token_bytes(32)))
-    seed = torch.randint(2**62, (), generator=generator).item()
+    generator = torch.default_generator if generator is None else generator
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     return torch.Generator().manual_seed(int.from_bytes(layout.common(int(seed).to_bytes(8, "big")), "big"))
 
 

@@ -93,7 +93,7 @@ _NOT_CLIPPED = (
 )
 
 
-_NO_LEAF = torch.zeros((), requires_grad=True)
+_NO_LEAF = torch.zeros((), device="cpu", requires_grad=True)
 
 
 class _NotClipped(torch.autograd.Function):

@@ -363,7 +363,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
 
 def _not_zero(params: Iterable[Any]) -> list[bool]:
     """For each parameter whether it has a gradient that is not zero."""
-    flags = [torch.tensor(False) if param.grad is None else _any(local(param.grad)) for param in params]
+    flags = [torch.tensor(False, device="cpu") if param.grad is None else _any(local(param.grad)) for param in params]
     device = next((flag.device for flag in flags if flag.device.type != "cpu"), torch.device("cpu"))
     return torch.stack([flag.to(device) for flag in flags]).tolist()
 

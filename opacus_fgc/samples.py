@@ -198,7 +198,7 @@ class Replacement:
     def _of_packed(self, path: str, packed: PackedSequence) -> Any:
         """The rows of the chosen samples get those of other samples at the same positions."""
         samples = packed.sorted_indices
-        samples = torch.arange(int(packed.batch_sizes[0])) if samples is None else samples
+        samples = torch.arange(int(packed.batch_sizes[0]), device="cpu") if samples is None else samples
         places, others, start = [], [], 0
         for size in packed.batch_sizes.tolist():
             here = samples[:size].tolist()

@@ -104,7 +104,7 @@ class TappedModel(OpacusHooks):
         self.force_functorch = force_functorch
         self._overruled: dict[nn.Module, Sampler | ByOperation] = {}
         self._operations: dict[Any, Tapped] = {}
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), device="cpu", requires_grad=True)
         self._outermost: nn.Module | None = None
         self._verified: set[nn.Module] = set()
         self._entrance: Entrance | None = None

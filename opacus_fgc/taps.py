@@ -101,7 +101,7 @@ class Interleave:
 
     def __init__(self) -> None:
         self._uses: list[Tensor] = []
-        self._batch = torch.empty(0)
+        self._batch = torch.empty(0, device="cpu")
 
     def __call__(self, uses: list[Tensor]) -> Tensor:
         """See `interleaved`."""

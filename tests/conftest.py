@@ -4,9 +4,16 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", type=torch.device, help="where tensors are made, for example cuda; a CPU if left out")
+
+
 @pytest.fixture(autouse=True)
-def float64():
-    default = torch.get_default_dtype()
+def float64(request: pytest.FixtureRequest):
+    dtype, device = torch.get_default_dtype(), request.config.getoption("device")
     torch.set_default_dtype(torch.float64)
+    if device is not None:
+        torch.set_default_device(device)
     yield
-    torch.set_default_dtype(default)
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(None)

@@ -330,6 +330,47 @@ def test_linear_hooks_are_served(mode: str, size: int, large_layers: None) -> No
         torch.testing.assert_close(module._module.get_parameter(name).summed_grad, wanted, rtol=1e-10, atol=1e-10)
 
 
+class Unsteady(torch.autograd.Function):
+    """Rounds otherwise each time, here and there, as kernels do that add up in any order."""
+
+    chance = random.Random(0)
+
+    @classmethod
+    def rounded(cls, value: Tensor) -> Tensor:
+        value = value.clone()
+        if cls.chance.random() < 0.5:
+            place = cls.chance.randrange(value.numel())
+            value.view(-1)[place] *= 1 + cls.chance.choice((-1, 1)) * torch.finfo(value.dtype).eps
+        return value
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, way: str) -> Tensor:
+        ctx.way = way
+        return Unsteady.rounded(value) if way == "forward" else value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return Unsteady.rounded(gradient) if ctx.way == "backward" else gradient, None
+
+
+@both_modes
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_kernels_that_round_otherwise_each_time_are_served(way: str, mode: str, large_layers: None) -> None:
+    for seed in range(20):
+        Unsteady.chance = random.Random(seed)
+        attempt(mode, Net(lambda net, h: Unsteady.apply(h, way)), torch.randn(N, D), steps=2)
+
+
+@both_modes
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["mean", "weakly", "weakly-without-a-gradient", "largest-of-the-batch"])
+def test_such_kernels_hide_no_mixing(name: str, way: str, mode: str, large_layers: None) -> None:
+    for seed in range(5):
+        Unsteady.chance = random.Random(seed)
+        with pytest.raises(NotImplementedError, match=r"mixes samples|of several samples"):
+            attempt(mode, Net(lambda net, h: Unsteady.apply(MIXING[name](net, h), way)), torch.randn(N, D))
+
+
 @both_modes
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_hooks_on_parameters_are_refused(register: str, mode: str) -> None:

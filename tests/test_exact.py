@@ -42,7 +42,7 @@ def expected(case: Case, reduction: str, n: int = N) -> Reference:
 def private(case: Case, entry: str, reduction: str, max_grad_norm: float, n: int = N, **options):
     """Model and wrapper after a clipped backward pass, and the loss."""
     backward = options.pop("backward", double_backward)
-    model, inputs, target = case.make(n)
+    model, inputs, target = options.pop("made", None) or case.make(n)
     wrapper = ENTRIES[entry](
         model, batch_first=case.batch_first, loss_reduction=reduction, max_grad_norm=max_grad_norm, **options
     )
@@ -102,6 +102,21 @@ def test_two_passes_by_hand(case: Case, entry: str) -> None:
     for name, param in model.named_parameters():
         if param.requires_grad:
             assert_equal(param._norm_sample, oracle.norms()[name], f"norms of {name}")
+            assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
+
+
+@pytest.mark.parametrize("way", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.covers], ids=lambda case: case.id)
+def test_another_default_device_changes_nothing(case: Case, way: str) -> None:
+    """As where torch's default device is a GPU, and a model is on the CPU, or the other way round."""
+    oracle = expected(case, "mean")
+    max_grad_norm = oracle.total_norm().median().item()
+    made = case.make()
+    with torch.device("meta"):
+        model, _, _ = private(case, "wrapped", "mean", max_grad_norm, made=made, **WAYS[way])
+    clipped = oracle.clipped_sum(max_grad_norm)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
             assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
 
 
