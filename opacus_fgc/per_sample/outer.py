@@ -52,9 +52,8 @@ def _gram_inner(left: Tensor, right: Tensor) -> Squares:
 
     total, scale = (several[0] if len(several) == 1 else torch.stack(several).sum(0) for several in (totals, scales))
     bounds = [least_norm(side.shape[3], total.dtype) for side in (left, right)]
-    small = torch.zeros_like(total, dtype=torch.bool)
-    for of_left, of_right in shortest:
-        small |= (of_left < bounds[0] ** 2) | (of_right < bounds[1] ** 2)
+    short = [(of_left < bounds[0] ** 2) | (of_right < bounds[1] ** 2) for of_left, of_right in shortest]
+    small = short[0] if len(short) == 1 else torch.stack(short).any(0)
 
     def vanished() -> Tensor:
         norms = [factor_norms(side) for side in (left, right)]

@@ -67,4 +67,5 @@ class SumOverPositions(PerSampleGradient):
             norms = [part.gram().norm(part.norm_one_by_one) for part in parts]
         else:
             norms = [part.above_rounding(part.formed().norm()) for part in parts]
-        return Measured(torch.cat(norms), self if self.fits(room) else None, way, parts[0].batch_size * temporary)
+        norm = norms[0] if len(norms) == 1 else torch.cat(norms)
+        return Measured(norm, self if self.fits(room) else None, way, parts[0].batch_size * temporary)
