@@ -26,7 +26,7 @@ from opacus_fgc.model_state import ModelState
 from opacus_fgc.per_sample.precision import full_precision
 from opacus_fgc.samples import Replacement
 
-REPEATS = 3
+REPEATS = 8
 """How often a pass is run again to see whether it is deterministic."""
 
 ROUNDINGS = 64
@@ -511,8 +511,9 @@ def replacements(
 ) -> list[list[Replacement]]:
     """Half of the samples replaced by others: for each sign what is tried in turn, until a forward can be compared.
 
-    They are the same samples, by the same ones, for each sign: a statistic of the batch that is large for one is small for the
-    other, and one of them is on the other side of whatever number it may be compared with.
+    Where features are enlarged they are the same samples, by the same ones, for each sign: a statistic of the batch that is large
+    for one is small for the other, and one of them is on the other side of whatever number it may be compared with. Where they
+    are not, the other half is replaced for the other sign, so that the largest of the batch is not the same for one of them.
 
     Args:
         size: number of samples.
@@ -520,22 +521,24 @@ def replacements(
         shared: paths of inputs that are known to have no samples in them.
         generator: chooses the samples.
         enlarge: whether features may be enlarged, so that what is an index then fails with an error, and does no more.
-        signs: of the enlarged features.
+        signs: of the enlarged features; or which half.
     """
-    chosen = sorted(generator.sample(range(size), max(1, size // 2))) if size else []
-    kept = [place for place in range(size) if place not in chosen]
+    half = sorted(generator.sample(range(size), max(1, size // 2))) if size else []
+    other = [place for place in range(size) if place not in half] or half
     # One and the same in the place of all, so that what is computed over the batch changes.
-    sources = [generator.choice(kept or chosen)] * len(chosen) if size else []
-    return [
-        [
-            Replacement(size, chosen, sources, axis, factor, every, vectors, shared)
-            for factor, every in (
-                ((sign * 1024.0, True), (sign * 1024.0, False), (1.0, False)) if enlarge else ((1.0, False),)
-            )
+    in_half, in_other = (generator.choice(places or [0]) for places in (half, other))
+
+    def of_sign(sign: int) -> list[Replacement]:
+        first = enlarge or sign > 0
+        chosen, source = (half, in_other) if first else (other, in_half)
+        larger = ((sign * 1024.0, True), (sign * 1024.0, False)) if enlarge else ()
+        return [
+            Replacement(size, chosen, [source] * len(chosen), axis, factor, every, vectors, shared)
+            for factor, every in (*larger, (1.0, False))
             for vectors in (True, False)
         ]
-        for sign in signs
-    ]
+
+    return [of_sign(sign) for sign in signs]
 
 
 def check_independence(

@@ -193,7 +193,8 @@ class Replacement:
             if torch.equal(own, new):
                 new = _other_than(own)
             self.replaced.add(path)
-            return value.detach().index_copy(axis, at, new).requires_grad_(value.requires_grad)
+            # In the same strides, for which kernels are chosen, and which `index_copy` does not keep.
+            return value.detach().clone().index_copy_(axis, at, new).requires_grad_(value.requires_grad)
 
     def _of_packed(self, path: str, packed: PackedSequence) -> Any:
         """The rows of the chosen samples get those of other samples at the same positions."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_fgc import PrivacyEngine
-from opacus_fgc.certificates import Schedule, draws_that_tell, sketch, weights
+from opacus_fgc.certificates import Schedule, draws_that_tell, replacements, sketch, weights
 from opacus_fgc.loss import DPLossFastGradientClipping
 from opacus_fgc.model_state import ModelState, restored
 from opacus_fgc.planner import MEMORY, NOTHING
@@ -338,7 +338,7 @@ class Unsteady(torch.autograd.Function):
     @classmethod
     def rounded(cls, value: Tensor) -> Tensor:
         value = value.clone()
-        if cls.chance.random() < 0.5:
+        if cls.chance.random() < 0.8:
             place = cls.chance.randrange(value.numel())
             value.view(-1)[place] *= 1 + cls.chance.choice((-1, 1)) * torch.finfo(value.dtype).eps
         return value
@@ -701,6 +701,26 @@ def test_what_a_replacement_replaces() -> None:
     assert torch.equal(other["mask"], batch["mask"]) and torch.equal(other["positions"], batch["positions"])
     assert other["names"] == ["a", "a", "c", "c"]
     assert replacement.masks == {"['mask']"} and not replacement.opaque
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_replacement_keeps_the_strides(batch_first: bool) -> None:
+    """Kernels are chosen by them, and another kernel rounds otherwise."""
+    batch = torch.rand(4, 3, 2).transpose(0, 1)
+    axis = 1 if batch_first else 0
+    size = batch.shape[axis]
+    other = Replacement(size, [1], [0], axis, factor=1024.0)(batch)
+    assert not torch.equal(batch, other) and batch.stride() == other.stride()
+
+
+def test_where_features_are_not_enlarged_each_half_is_replaced() -> None:
+    for size in range(2, 9):
+        (first,), (second,) = (
+            tries[:1] for tries in replacements(size, 0, set(), random.Random(size), enlarge=False, signs=(1, -1))
+        )
+        assert sorted(first.chosen + second.chosen) == list(range(size))
+        for replacement in (first, second):
+            assert replacement.factor == 1 and not set(replacement.chosen) & set(replacement.sources)
 
 
 def test_a_state_is_restored() -> None:
