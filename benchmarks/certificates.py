@@ -21,7 +21,7 @@ from report import selection
 from tabulate import tabulate
 from workloads import MAIN, WORKLOADS, Workload
 
-from opacus_fgc.certificates import Schedule
+from opacus_fgc.certificates.schedule import Schedule
 
 STEPS, AGAIN = 1000, 5
 WAYS = [way for way, (_, mode) in ENGINES.items() if way == mode]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from opacus_fgc.secure_random import SecureGenerator
+from opacus_fgc.noise.secure import SecureGenerator
 
 VALUES, ROUNDS = 22_715_526, 7
 

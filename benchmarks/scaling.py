@@ -17,8 +17,8 @@ from tabulate import tabulate
 from torch import nn
 from workloads import Transformer
 
+from opacus_fgc.distributed.reductions import buckets
 from opacus_fgc.planner import MEMORY
-from opacus_fgc.sums import buckets
 
 ELEMENT = 4
 GIB = 2**30

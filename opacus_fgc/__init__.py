@@ -1,7 +1,6 @@
 """Differentially private training with the memory of ordinary training: fast ghost clipping for Opacus."""
 
-from opacus_fgc.check import CheckReport, check
-from opacus_fgc.criterion import CausalLMLoss
+from opacus_fgc.criterion.causal_lm import CausalLMLoss
 from opacus_fgc.errors import PrivacyError
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
@@ -10,6 +9,8 @@ from opacus_fgc.grad_sample_module import (
 )
 from opacus_fgc.grad_scaler import GradScaler
 from opacus_fgc.loss import DPLossFastGradientClipping, DPTensorFastGradientClipping
+from opacus_fgc.model_check.check import check
+from opacus_fgc.model_check.report import CheckReport
 from opacus_fgc.norm_samplers import NORM_SAMPLERS, register_norm_sampler
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.privacy_engine import PrivacyEngine

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_fgc.checks import is_finite_number
+from opacus_fgc.argument_checks import is_finite_number
 
 NoisyMean = Callable[[Tensor, float], Tensor]
 

@@ -13,24 +13,25 @@ from opacus.grad_sample import GradSampleModule
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
-from opacus_fgc.axes import local
-from opacus_fgc.by_hand import ClippingCoefficients
-from opacus_fgc.certificates import Schedule
-from opacus_fgc.certified_model import CertifiedModel
-from opacus_fgc.checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
-from opacus_fgc.clipped_sum import ClippedSum
+from opacus_fgc.argument_checks import check_forms, check_loss_reduction, check_nonfinite, refuse_running_statistics
+from opacus_fgc.certificates.model import CertifiedModel
+from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.distributed.mesh import local
+from opacus_fgc.distributed.shards import View, view
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError, located
-from opacus_fgc.norm_samplers.lookup import find_gradient_sampler
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
 from opacus_fgc.per_sample.precision import full_precision, is_half, reduced_operations, row_norms
-from opacus_fgc.plan import UNWATCHED, Plan, Unwatched
 from opacus_fgc.planner import NOTHING, KeepBudget, KeepPolicy
-from opacus_fgc.record import Record, Step
-from opacus_fgc.shards import View, view
-from opacus_fgc.tapped_model import Tapped
-from opacus_fgc.taps import Call, Reached, Use, reached_by
+from opacus_fgc.step.by_hand import ClippingCoefficients
+from opacus_fgc.step.clipped_sum import ClippedSum
+from opacus_fgc.step.norm_pass import Record, Step
+from opacus_fgc.step.profile import UNWATCHED, Plan, Unwatched
+from opacus_fgc.taps.graph import Reached, reached_by
+from opacus_fgc.taps.lookup import find_gradient_sampler
+from opacus_fgc.taps.model import Tapped
+from opacus_fgc.taps.tap import Call, Use
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:

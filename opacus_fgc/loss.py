@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from opacus_fgc.checks import check_loss_reduction
-from opacus_fgc.criterion import SampleLosses, check_criterion
+from opacus_fgc.argument_checks import check_loss_reduction
+from opacus_fgc.criterion.reduction import check_criterion
+from opacus_fgc.criterion.sample_losses import SampleLosses
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping

@@ -13,14 +13,14 @@ from opacus.optimizers.optimizer import _check_processed_flag, _generate_noise, 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from opacus_fgc.axes import local
-from opacus_fgc.checks import check_loss_reduction, is_finite_number
-from opacus_fgc.clipped_sum import ClippedSum
+from opacus_fgc.argument_checks import check_loss_reduction, is_finite_number
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.draws import Batches
+from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
-from opacus_fgc.secure_random import SecureGenerator
+from opacus_fgc.noise.secure import SecureGenerator
+from opacus_fgc.sampling.draws import Batches
+from opacus_fgc.step.clipped_sum import ClippedSum
 
 
 def check_noise_multiplier(value: object) -> None:

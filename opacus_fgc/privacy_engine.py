@@ -23,22 +23,22 @@ from opacus.validators.errors import UnsupportedModuleError
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
-from opacus_fgc.certificates import Schedule
-from opacus_fgc.checks import check_loss_reduction, check_nonfinite, describe, is_finite_number
+from opacus_fgc.argument_checks import check_loss_reduction, check_nonfinite, describe, is_finite_number
+from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.clipping import RULES, FlatClipping
-from opacus_fgc.criterion import check_criterion
-from opacus_fgc.distributed_sampling import check_parts, common_generator, shared
+from opacus_fgc.criterion.reduction import check_criterion
+from opacus_fgc.distributed.checkpoint import WholeState
+from opacus_fgc.distributed.layout import Layout
+from opacus_fgc.distributed.sampling import check_parts, common_generator, shared
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
 )
-from opacus_fgc.layout import Layout
 from opacus_fgc.loss import DPLossFastGradientClipping, book_keeping, double_backward
+from opacus_fgc.noise.secure import SecureGenerator
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping, check_noise_multiplier, check_step
-from opacus_fgc.sampling import batches_of, check_length, check_loader, checked, with_own_draws
-from opacus_fgc.secure_random import SecureGenerator
-from opacus_fgc.secure_sampling import secured
-from opacus_fgc.whole_state import WholeState
+from opacus_fgc.sampling.loaders import batches_of, check_length, check_loader, checked, with_own_draws
+from opacus_fgc.sampling.secure import secured
 
 MODES = {"ghost": double_backward, "ghost_bk": book_keeping}
 """How each ``grad_sample_mode`` that this package serves gets the clipped sum; all others are Opacus' own."""

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import PrivacyEngine
-from opacus_fgc.draws import Batches
+from opacus_fgc.sampling.draws import Batches
 from tests.case import Square
 
 C = 0.5

@@ -17,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_fgc import PrivacyEngine
-from opacus_fgc.certificates import Schedule, draws_that_tell, replacements, sketch, weights
+from opacus_fgc.certificates.independence import replacements
+from opacus_fgc.certificates.model_state import ModelState, restored
+from opacus_fgc.certificates.ownership import draws_that_tell, weights
+from opacus_fgc.certificates.samples import Replacement, batch_size, mapped
+from opacus_fgc.certificates.schedule import Schedule
+from opacus_fgc.certificates.sketch import sketch
 from opacus_fgc.loss import DPLossFastGradientClipping
-from opacus_fgc.model_state import ModelState, restored
 from opacus_fgc.planner import MEMORY, NOTHING
 from opacus_fgc.privacy_engine import MODES
-from opacus_fgc.samples import Replacement, batch_size, mapped
 from tests.case import Apply, two_passes_by_hand
 from tests.reference import reference
 from tests.test_loss import wrapped

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from opacus_fgc import GradSampleHooksFastGradientClipping, GradSampleModuleFastGradientClipping, PrivacyEngine
-from opacus_fgc.hooks import does_nothing
 from opacus_fgc.privacy_engine import MODES
+from opacus_fgc.taps.hooks import does_nothing
 from tests.operation_cases import vision_transformer
 from tests.reference import reference
 

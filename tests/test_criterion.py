@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opacus_fgc import criterion_check
-from opacus_fgc.criterion import SampleLosses
+from opacus_fgc.certificates import criterion as criterion_check
+from opacus_fgc.criterion.sample_losses import SampleLosses
 from opacus_fgc.privacy_engine import MODES
 from tests.reference import reference
 from tests.test_exact import assert_equal

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from opacus_fgc import sums
+from opacus_fgc.distributed import reductions
 from tests.distributed_cases import (
     C,
     both,
@@ -49,7 +49,7 @@ def group(request) -> Iterator[Ranks]:
 
 
 def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9, evaluate: bool = False) -> None:
-    sums.BUCKET = 40  # several buckets a step, of one or more parameters
+    reductions.BUCKET = 40  # several buckets a step, of one or more parameters
     close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
     model, x, y = make()
     expected = reference(model, nn.CrossEntropyLoss(), (x,), y, len(x))

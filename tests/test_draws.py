@@ -19,8 +19,8 @@ from opacus_fgc import (
     PrivacyEngine,
     PrivacyError,
 )
-from opacus_fgc.draws import Draws
 from opacus_fgc.privacy_engine import MODES
+from opacus_fgc.sampling.draws import Draws
 from tests.reference import reference
 
 SIZE, BATCH, C = 60, 10, 0.5

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from opacus_fgc import DPOptimizerFastGradientClipping, PrivacyEngine
-from opacus_fgc.draws import Batches
+from opacus_fgc.noise.secure import CHUNK, GRID, SecureGenerator
 from opacus_fgc.privacy_engine import MODES
-from opacus_fgc.secure_random import CHUNK, GRID, SecureGenerator
-from opacus_fgc.secure_sampling import SecurePoissonSampler, SecureRandomSampler, secured
+from opacus_fgc.sampling.draws import Batches
+from opacus_fgc.sampling.secure import SecurePoissonSampler, SecureRandomSampler, secured
 from tests.reference import reference
 
 SIZE, BATCH = 40, 8

@@ -1,0 +1,73 @@
+"""When certificates are made."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+# When
+
+
+@dataclass
+class Schedule:
+    """When certificates are made: at first, whenever something is new, and again at passes that thin out.
+
+    Args:
+        how: "always": in each backward pass; "thinning": whenever something structural is new, and again when there have been
+            four times as many passes as at the last time (at first twice as many); "never".
+
+    Attributes:
+        passes: how many backward passes there were.
+    """
+
+    how: str = "thinning"
+    passes: int = 0
+    _next: int = 1
+    _largest: int = 1
+    _certified: set[Hashable] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.how not in ("always", "thinning", "never"):
+            raise ValueError(f"certify is {self.how!r}; it is 'always', 'thinning' or 'never'")
+        if self.how == "never":
+            warnings.warn(
+                "certify='never': nothing proves that each row that a layer works on belongs to one sample, nor that "
+                "what is computed for a sample depends on that sample alone. If the model or the criterion mixes "
+                "samples, one of them can move the clipped sum by any multiple of max_grad_norm, and nobody will notice",
+                stacklevel=4,
+            )
+
+    def is_due(self, size: int, structure: Hashable) -> bool:
+        """Whether a pass, which is counted by this, needs certificates.
+
+        Args:
+            size: number of its samples.
+            structure: what is equal for passes that the same certificate is for.
+        """
+        if self.how == "never" or size == 0:
+            return False
+        self.passes += 1
+        new = size > self._largest or structure not in self._certified
+        return self.how == "always" or new or self.passes >= self._next
+
+    def is_due_at(self, count: int) -> bool:
+        """Whether what is counted by ``count``, and for which nothing can be new, is due."""
+        return self.how == "always" or (self.how == "thinning" and count & (count - 1) == 0)
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether the next pass is due whatever it is like."""
+        return self.how != "never" and (self.how == "always" or self.passes + 1 >= self._next)
+
+    def is_new(self, structure: Hashable) -> bool:
+        """Whether there is no certificate for such passes yet."""
+        return structure not in self._certified
+
+    def made(self, size: int, structure: Hashable) -> None:
+        """Notes that certificates were made."""
+        self._next = (2 if self.passes < 4 else 4) * self.passes
+        if size > 1:
+            # A batch of one says nothing of how samples touch each other.
+            self._largest = max(self._largest, size)
+            self._certified.add(structure)

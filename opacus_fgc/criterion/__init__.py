@@ -1,0 +1,1 @@
+"""Criteria: one loss a sample from any of them, or an error."""

@@ -1,0 +1,1 @@
+"""A model and its batches over several processes."""

@@ -1,0 +1,208 @@
+"""What layers see in the place of a model's parameters: all of them under FSDP, shards under tensor parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils._pytree import tree_map_only
+
+from opacus_fgc.distributed.mesh import Axis, cut_rows, local
+from opacus_fgc.taps.hooks import Hook
+from opacus_fgc.taps.tap import Use, tensors_in
+
+
+class Unsharded:
+    """The tensors that stand for parameters while an FSDP module runs.
+
+    A parameter is a shard; while its module runs there is another tensor in its place, with all of it, which autograd knows.
+
+    Args:
+        model: the model, between two forwards.
+        note: told of each parameter and what stands for it.
+        is_shared: whether an input of a module is computed from parameters alone. FSDP joins the graphs of all inputs; such
+            inputs it is to leave as they are.
+    """
+
+    def __init__(
+        self, model: nn.Module, note: Callable[[Any, Tensor], None], is_shared: Callable[[Tensor], bool]
+    ) -> None:
+        self._note = note
+        self._is_shared = is_shared
+        self._inputs: list[Tensor] = []
+        self._seen: dict[Any, Tensor] = {}
+        self._parameters: dict[Tensor, Any] = {}
+        self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        managed = {inner for module in self._fsdp for inner in module.modules()}
+        self._places = {module: dict(module._parameters) for module in managed}
+
+    def watch(self) -> list[Any]:
+        """Puts hooks on the FSDP modules; returns what takes them off."""
+        before = [
+            module.register_forward_pre_hook(Hook(self._before), prepend=True, with_kwargs=True)
+            for module in self._fsdp
+        ]
+        return before + [module.register_forward_pre_hook(Hook(self._after), with_kwargs=True) for module in self._fsdp]
+
+    # Hooks that are taken off in the middle of the model's call are still called, without keyword arguments.
+
+    def _before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        self._inputs = tensors_in((args, kwargs))
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+        inputs, self._inputs = self._inputs, []
+        for inner in module.modules():
+            for name, param in self._places[inner].items():
+                seen = inner._parameters[name]
+                if seen is not None and seen is not param and seen is not self.of(param):
+                    self._seen[param], self._parameters[seen] = seen, param
+                    self._note(param, seen)
+        if kwargs is None or not any(map(self._is_shared, inputs)):
+            return None
+        before = iter(inputs)
+
+        def restored(tensor: Tensor) -> Tensor:
+            own = next(before)
+            # FSDP may also have cast it.
+            return own.to(tensor) if self._is_shared(own) else tensor
+
+        return tree_map_only(Tensor, restored, (args, kwargs))
+
+    def named_parameters(self, module: nn.Module, recurse: bool = True) -> dict[str, Any]:
+        """The parameters of a module as the optimizer has them, whatever is in their place at the moment."""
+        named: dict[str, Any] = dict(module.named_parameters(recurse=recurse))
+        if self._places:
+            for name in named:
+                path, _, last = name.rpartition(".")
+                named[name] = self._places.get(module.get_submodule(path), {}).get(last, named[name])
+        return named
+
+    def of(self, param: Any) -> Tensor:
+        """What layers see in the place of a parameter; itself outside of FSDP."""
+        return self._seen.get(param, param)
+
+    def parameter(self, tensor: Any) -> Any:
+        """The parameter in whose place a tensor is."""
+        return self._parameters.get(tensor, tensor)
+
+
+class View(NamedTuple):
+    """A layer and its uses as a sampler is to see them: with what this rank has of parameters, activations and backprops.
+
+    Attributes:
+        layer: the layer, or one like it with other parameters.
+        uses: its uses.
+        params: its parameters by name.
+    """
+
+    layer: Any
+    uses: Sequence[Use]
+    params: Mapping[str, Tensor]
+
+
+def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
+    """What this rank computes of a layer's per-sample gradients.
+
+    Args:
+        layer: the layer, or what stands for a tapped operation.
+        uses: its uses.
+        params: its parameters by name, as it sees them.
+
+    Raises:
+        NotImplementedError: if it is a layer whose shards of per-sample gradients are not known.
+    """
+    meshes = {tensor.device_mesh for tensor in params.values() if isinstance(tensor, DTensor)}
+    meshes.update(
+        tensor.device_mesh
+        for use in uses
+        for tensor in (*use.call.activations, *use.backprops)
+        if isinstance(tensor, DTensor)
+    )
+    if not meshes:
+        return View(layer, uses, params)
+    (mesh,) = meshes
+    cuts = {name: cut for name, param in params.items() if (cut := _cut_of(param)) is not None}
+    if not isinstance(layer, nn.Module):
+        raise NotImplementedError(
+            "an operation on distributed tensors, whose shards of per-sample gradients are not known. Let its module work on "
+            "whole tensors: leave it out of the plan for parallelize_module, and parts of sequences too; or take a layer of "
+            "torch that does the same (nn.LayerNorm, nn.RMSNorm)"
+        )
+    inputs, outputs = _cuts_of_data(layer, cuts, params)
+    change: dict[str, Any] = {
+        "_parameters": {**layer._parameters, **{name: _detached(params[name]) for name in params}}
+    }
+    local_uses = []
+    for call, backprops in uses:
+        activations = [_placed(tensor, inputs, mesh) for tensor in call.activations]
+        local_backprops = [_placed(tensor, outputs, mesh) for tensor in backprops]
+        if isinstance(layer, nn.Embedding):
+            change.update(padding_idx=None, embedding_dim=local(params["weight"]).shape[1])
+            activations[0], local_backprops[0] = _rows(layer, activations[0], local_backprops[0], mesh, cuts)
+        local_uses.append(Use(call.with_activations(activations), tuple(local_backprops)))
+    stand_in: Any = object.__new__(plain_type(layer))
+    vars(stand_in).update({**vars(layer), **change})
+    return View(stand_in, local_uses, {name: stand_in._parameters[name] for name in params})
+
+
+def plain_type(layer: nn.Module) -> type:
+    """A layer's type without what FSDP puts in front of it."""
+    return next(kind for kind in type(layer).__mro__ if not issubclass(kind, FSDPModule))
+
+
+def _cut_of(param: Tensor) -> int | None:
+    """The dimension along which a parameter is cut; None if it is copied."""
+    return getattr(param.placements[0], "dim", None) if isinstance(param, DTensor) else None
+
+
+def _cuts_of_data(
+    layer: nn.Module, cuts: dict[str, int], params: Mapping[str, Tensor]
+) -> tuple[int | None, int | None]:
+    """Along which dimension activations and backprops have to be cut, so that the local layer's gradients are the shards."""
+    if not cuts:
+        return None, None
+    linear, embedding = isinstance(layer, nn.Linear), isinstance(layer, nn.Embedding)
+    if (linear and cuts == dict.fromkeys(params, 0)) or (embedding and cuts == {"weight": 1}):
+        return None, -1
+    if linear and cuts == {"weight": 1}:
+        return -1, None
+    if embedding and cuts == {"weight": 0}:
+        return None, None
+    raise NotImplementedError(
+        "it is cut in a way whose per-sample gradients are not known: tensor parallel is supported for Linear "
+        "(ColwiseParallel, RowwiseParallel), Embedding (likewise), and layers whose parameters are copied. Leave it "
+        "out of the plan for parallelize_module"
+    )
+
+
+def _placed(tensor: Tensor, cut: int | None, mesh: Any) -> Tensor:
+    """What this rank has of a tensor that is cut along a dimension, or copied."""
+    if isinstance(tensor, DTensor):
+        return local(tensor.redistribute(mesh, [Replicate() if cut is None else Shard(tensor.dim() + cut)]))
+    if cut is None:
+        return tensor
+    return (
+        DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
+        .redistribute(mesh, [Shard(tensor.dim() + cut)])
+        .to_local()
+    )
+
+
+def _detached(param: Tensor) -> Tensor:
+    return local(param.detach()).requires_grad_(param.requires_grad)
+
+
+def _rows(
+    layer: nn.Embedding, index: Tensor, backprops: Tensor, mesh: Any, cuts: dict[str, int]
+) -> tuple[Tensor, Tensor]:
+    """Tokens as rows of this rank's part of the table, and backprops that are 0 where the row is another rank's."""
+    rows = range(layer.num_embeddings)
+    if cuts.get("weight") == 0:
+        rows = cut_rows(layer.num_embeddings, Axis(mesh.get_group(), data=False))
+    elsewhere = (index < rows.start) | (index >= rows.stop)
+    if layer.padding_idx is not None:
+        elsewhere = elsewhere | (index == layer.padding_idx)
+    return (index - rows.start).masked_fill(elsewhere, 0), backprops.masked_fill(elsewhere.unsqueeze(-1), 0)

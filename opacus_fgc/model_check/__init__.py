@@ -1,0 +1,1 @@
+"""`check`: a user's own model, layer by layer, against plain autograd on one sample at a time."""

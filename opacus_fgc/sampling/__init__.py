@@ -1,0 +1,1 @@
+"""Batches by Poisson sampling, and the loaders that give them."""

@@ -1,0 +1,1 @@
+"""One step: the norm pass, the weighted pass, and the clipped sum that they leave."""

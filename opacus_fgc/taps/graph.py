@@ -1,0 +1,147 @@
+"""What losses depend on, read off autograd's graph: which tapped calls, and which parameters past their taps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from opacus_fgc.errors import PrivacyNotImplementedError
+from opacus_fgc.taps.routes import moves_rows
+from opacus_fgc.taps.tap import FSDP_NODE, REENTRANT_NODE, TAP_NODE
+
+
+class Reached(NamedTuple):
+    """What something depends on.
+
+    Attributes:
+        model: whether there are taps of the model.
+        past: parameters that were looked for, and that are used by a way on which no tap stands for them.
+        before_model: other leaves, on ways that no tap of the model stands on: between its outputs and the loss.
+        in_model: other leaves, on ways behind its taps.
+        other_models: whether there are taps of other models behind its own.
+        calls: the tapped calls of the model, each a `Call.key`.
+        moving: the operations on the way that may move rows by indices; see `routes`.
+    """
+
+    model: bool
+    past: set[Tensor]
+    before_model: set[Tensor]
+    in_model: set[Tensor]
+    other_models: bool
+    calls: list[Any]
+    moving: list[Any]
+
+
+def reached_by(
+    outputs: Iterable[Tensor], params: Iterable[Tensor], inputs: Iterable[Tensor] = (), anchor: Tensor | None = None
+) -> Reached:
+    """What something depends on but for what taps stand for.
+
+    Gradients of parameters past their taps would escape the norms: a weight used by another module than its own (``F.linear(x,
+    embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not the child.
+
+    Args:
+        outputs: a loss, or what a module returned; with their autograd graph.
+        params: the parameters to look for.
+        inputs: where the search ends.
+        anchor: of the model whose taps are its own; without it all are.
+
+    Raises:
+        NotImplementedError: if a part of the graph is hidden by reentrant checkpointing.
+    """
+    wanted = set(params)
+    past: set[Tensor] = set()
+    others: tuple[set[Tensor], set[Tensor]] = (set(), set())
+    model, other_models, behind = False, False, 0
+    seen = set(_nodes(inputs))
+    todo, later = _nodes(outputs), list[Any]()
+    calls, moving = list[Any](), list[Any]()
+    while todo:
+        for node in _visit(todo, seen, moving):
+            if type(node) is TAP_NODE:
+                own = anchor is None or _leaf(node.next_functions[0][0]) is anchor
+                if own:
+                    calls.append(node.pending)
+                model, other_models = model or own, other_models or (bool(behind) and not own)
+                edges = [_behind(*edge) for edge in node.next_functions]
+                end = 1 + len(node.pending.outputs)
+                (later if own and not behind else todo).extend(edges[end:])
+                # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
+                for inner in _visit(edges[1:end], set(edges[end:])):
+                    if type(inner) is TAP_NODE:
+                        todo.append(inner)
+                    elif _leaf(inner) is not None and not node.pending.stands_for(inner.variable):
+                        (past if inner.variable in wanted else others[1]).add(inner.variable)
+            elif type(node) is REENTRANT_NODE:
+                raise PrivacyNotImplementedError(
+                    "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is "
+                    "on them; pass use_reentrant=False"
+                )
+            elif _leaf(node) is not None:
+                (past if node.variable in wanted else others[behind]).add(node.variable)
+        todo, later, behind = later, [], 1
+    return Reached(model, past, *others, other_models, calls, moving)
+
+
+def brought_by(inputs: Iterable[Tensor]) -> dict[Tensor, bool]:
+    """The leaves with a gradient that inputs of a model depend on, and whether they are inputs themselves."""
+    with_gradient = [tensor for tensor in inputs if tensor.requires_grad]
+    return (
+        {leaf: any(leaf is one for one in with_gradient) for leaf in leaves_of(with_gradient)} if with_gradient else {}
+    )
+
+
+def _visit(todo: list[Any], seen: set[Any], moving: list[Any] | None = None) -> Iterator[Any]:
+    """Taps and ends of a graph, each once, from the nodes in ``todo`` on; behind a tap only what the caller puts there.
+
+    It runs over the whole graph of every step, so it is kept light.
+
+    Args:
+        todo: where to begin.
+        seen: what is not to be visited; it is added to.
+        moving: nodes that may move rows by indices are added to it.
+    """
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        edges = () if type(node) is TAP_NODE else node.next_functions
+        if edges and type(node) is not REENTRANT_NODE:
+            if moving is not None and moves_rows(node):
+                moving.append(node)
+            for edge, place in edges:
+                todo.append(edge if type(edge) is not FSDP_NODE else _behind(edge, place))
+        else:
+            yield node
+
+
+def _behind(node: Any, place: int) -> Any:
+    """Where an edge of the graph leads to, past what FSDP puts in front of a module: one node, an identity on several inputs."""
+    while type(node) is FSDP_NODE:
+        node, place = node.next_functions[place]
+    return node
+
+
+def _nodes(tensors: Iterable[Tensor]) -> list[Any]:
+    return [_behind(tensor.grad_fn, tensor.output_nr) for tensor in tensors]
+
+
+def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves that something depends on, or is."""
+    outputs = list(outputs)
+    behind = _visit(_nodes(outputs), set())
+    leaves = [output for output in outputs if output.is_leaf] + [_leaf(node) for node in behind]
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+def depends_past(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> bool:
+    """Whether outputs depend on something with a gradient by another way than by their inputs."""
+    ends = _visit(_nodes(outputs), set(_nodes(inputs)))
+    return any(type(node) in (TAP_NODE, REENTRANT_NODE) or _leaf(node) is not None for node in ends)
+
+
+def _leaf(node: Any) -> Tensor | None:
+    return getattr(node, "variable", None)
