@@ -109,8 +109,8 @@ def layers(model: Transformer, batch: Batch, tensor: int = 1) -> Iterator[Layer]
             continue
         name = path.rpartition(".")[2]
         columns, rows = name in COLUMNS and not (name == "head" and model.pooled), name in ROWS
-        is_cut = {key: columns or (rows and key == "weight") for key in params}
-        size = {key: param.numel() // (tensor if is_cut[key] else 1) for key, param in params.items()}
+        is_sharded = {key: columns or (rows and key == "weight") for key in params}
+        size = {key: param.numel() // (tensor if is_sharded[key] else 1) for key, param in params.items()}
         times = batch.samples * (1 if name == "head" and model.pooled else batch.positions)
         linear = isinstance(module, nn.Linear)
         outputs, inputs = module.weight.shape if linear else (model.embedding.weight.shape[1],) * 2
@@ -119,8 +119,8 @@ def layers(model: Transformer, batch: Batch, tensor: int = 1) -> Iterator[Layer]
             kind="columns" if columns else "rows" if rows else "",
             head=name == "head",
             unit=blocks.get(module, -1),
-            cut=[size[key] for key in params if is_cut[key]],
-            copied=[size[key] for key in params if not is_cut[key]],
+            cut=[size[key] for key in params if is_sharded[key]],
+            copied=[size[key] for key in params if not is_sharded[key]],
             vectors=[size[key] for key, param in params.items() if param.dim() == 1],
             rows=times,
             inputs=inputs,

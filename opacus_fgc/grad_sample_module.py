@@ -17,7 +17,10 @@ from opacus_fgc.argument_checks import check_forms, check_loss_reduction, check_
 from opacus_fgc.certificates.model import CertifiedModel
 from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.distributed.agreement import check_samples
+from opacus_fgc.distributed.clipped_sums import as_parameters, gradients_of
 from opacus_fgc.distributed.mesh import local
+from opacus_fgc.distributed.norms import mark, reduce_norms
 from opacus_fgc.distributed.shards import View, view
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError, located
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Forms
@@ -60,7 +63,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             per-sample gradients of one layer at a time are formed, for all layers.
         nonfinite: what is done about samples whose gradient has inf or NaN in it: "error", or "drop", with which they
             contribute exactly zero.
-        certify: when it is proven that samples have gradients of their own; see `certificates.Schedule`.
+        certify: when it is proven that samples have gradients of their own; see `certificates.schedule.Schedule`.
 
     Attributes:
         dropped: how many such samples were dropped so far. (Not private: it is a count of the data.)
@@ -192,12 +195,12 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         self._plan.measured(layer, uses, measured)
 
     def _mark(self, layer: Tapped, uses: Sequence[Use]) -> None:
-        """Notes what a layer was called on, for `Layout.whole_norms`."""
+        """Notes what a layer was called on, for `reduce_norms`."""
         assert self.record is not None
-        mark = self.layout.mark(layer.params.values(), [use.call.activations for use in uses])
-        if mark is not None:
+        own = mark(self.layout, layer.params.values(), [use.call.activations for use in uses])
+        if own is not None:
             for param in layer.params.values():
-                self.record.marks[param] = self.record.marks.get(param, 0) + mark
+                self.record.marks[param] = self.record.marks.get(param, 0) + own
 
     def _forms(self, seen: View, layer: Tapped) -> Forms:
         assert self.record is not None
@@ -240,7 +243,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
         """
         if self.record is not None:
             self._measure_unfinished()
-            norms = self.layout.whole_norms(self.record.norms(self.trainable_parameters), self.record.marks)
+            norms = reduce_norms(self.layout, self.record.norms(self.trainable_parameters), self.record.marks)
             for param, norm in norms.items():
                 param._norm_sample = norm
         if any(getattr(param, "_norm_sample", None) is None for param in self.trainable_parameters):
@@ -347,7 +350,7 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             # Another loss came by the same forward.
             self.record = self.record.again()
         record = self._open_record()
-        self.layout.check_samples(loss_per_sample, record.inputs)
+        check_samples(self.layout, loss_per_sample, record.inputs)
         with self._nothing_left_of_errors():
             record.samples_in_loss = len(loss_per_sample)
             due = self._due(len(loss_per_sample), reached, record)
@@ -568,11 +571,11 @@ class GradSampleHooksFastGradientClipping(CertifiedModel):
             self._plan.second_pass(rest)
             rest = []
         later = set(rest)
-        yield from self.layout.as_parameters(self._kept_sums(later, coef))
+        yield from as_parameters(self.layout, self._kept_sums(later, coef))
         if rest:
             with self.hooks_set(False), _pass_of(self):
                 weighted = self.record.loss_scale * (coef.to(loss_per_sample.device) * loss_per_sample).sum()
-                gradients = self.layout.second_pass(weighted, rest, self._unsharded.of, retain_graph)
+                gradients = gradients_of(self.layout, weighted, rest, self._unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._plan.second_pass(rest)
 

@@ -15,9 +15,12 @@ from torch.optim import LBFGS, Optimizer
 
 from opacus_fgc.argument_checks import check_loss_reduction, is_finite_number
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.distributed.agreement import check_agreement
+from opacus_fgc.distributed.clipped_sums import noisy_total, privatized_gradients
 from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
+from opacus_fgc.noise.gaussian import generator_of_rank
 from opacus_fgc.noise.secure import SecureGenerator
 from opacus_fgc.sampling.draws import Batches
 from opacus_fgc.step.clipped_sum import ClippedSum
@@ -135,7 +138,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         self.module = module
         module.clipping = self.clipping
         if not isinstance(self.generator, SecureGenerator):
-            self.generator = module.layout.own_generator(self.generator)
+            self.generator = generator_of_rank(module.layout, self.generator)
 
     @property
     def accumulated_iterations(self) -> int:
@@ -215,14 +218,15 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             batch, refused = -1, error
         std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
         try:
-            self.module.layout.check_agreement(
+            check_agreement(
+                self.module.layout,
                 {
                     "backward passes of a step": self.accumulated_iterations,
                     "max_grad_norm": self.max_grad_norm,
                     "noise_multiplier": self.noise_multiplier,
                     "parameters to train": len(self.params),
                     "the number of the batch": batch,
-                }
+                },
             )
         except ValueError as error:
             if refused is None:
@@ -232,7 +236,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
         if refused is not None:
             self._drop_clipped_sum()
             raise refused
-        for param, gradient in self.module.layout.released(self.params, partial(self.with_noise, std=std)):
+        for param, gradient in privatized_gradients(self.module.layout, self.params, partial(self.with_noise, std=std)):
             param.grad = gradient.to(param.dtype)
             _mark_as_processed(param.summed_grad)
 
@@ -261,7 +265,7 @@ class DPOptimizerFastGradientClipping(OpacusOptimizer):
             raise ValueError("expected_batch_size is None; the optimizer's clipping rule needs it")
         assert self.module is not None  # checked by `accumulate`
         layout = self.module.layout
-        noisy = layout.noisy_total(total, partial(self.with_noise, std=std))
+        noisy = noisy_total(layout, total, partial(self.with_noise, std=std))
         return noisy / (self.expected_batch_size * layout.data_ranks * self.accumulated_iterations)
 
     def pre_step(self, closure: Callable[[], float] | None = None) -> bool:

@@ -27,9 +27,10 @@ from opacus_fgc.argument_checks import check_loss_reduction, check_nonfinite, de
 from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.clipping import RULES, FlatClipping
 from opacus_fgc.criterion.reduction import check_criterion
+from opacus_fgc.distributed.agreement import check_agreement, check_copies
 from opacus_fgc.distributed.checkpoint import WholeState
-from opacus_fgc.distributed.layout import Layout
 from opacus_fgc.distributed.sampling import check_parts, common_generator, shared
+from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
@@ -92,7 +93,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
                 changed; ``clipping`` is "flat", or "adaptive" with the arguments of `clipping.AdaptiveClipping`;
                 ``nonfinite="error"`` or ``"drop"`` says what is done about samples whose gradient has inf or NaN in it; and
                 ``certify="thinning"``, ``"always"`` or ``"never"`` how often it is proven that samples have gradients of their
-                own; see `certificates.Schedule`.
+                own; see `certificates.schedule.Schedule`.
 
         Returns:
             ``(module, optimizer, criterion, data_loader)`` with a mode of this package: the wrapped model (with
@@ -128,7 +129,7 @@ class PrivacyEngine(OpacusPrivacyEngine):
         criterion.module.schedule = schedule
         layout = criterion.module.layout
         if layout.axes:
-            layout.check_copies()
+            check_copies(layout)
             data_loader = self._distributed(layout, optimizer, data_loader, poisson)
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
@@ -202,13 +203,14 @@ class PrivacyEngine(OpacusPrivacyEngine):
         self, layout: Layout, optimizer: DPOptimizerFastGradientClipping, data_loader: DataLoader, poisson: bool
     ) -> DataLoader:
         optimizer.expected_batch_size /= layout.data_ranks
-        layout.check_agreement(
+        check_agreement(
+            layout,
             {
                 "noise_multiplier": optimizer.noise_multiplier,
                 "max_grad_norm": optimizer.max_grad_norm,
                 "the size of the data set": optimizer.expected_batch_size,
                 "the number of batches": len(data_loader),
-            }
+            },
         )
         if not poisson:
             return data_loader

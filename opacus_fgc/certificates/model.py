@@ -61,7 +61,7 @@ class CertifiedModel(TappedModel):
         """
         structure = self._structure(size, reached, record)
         is_due, is_new = self.schedule.is_due(size, structure), self.schedule.is_new(structure)
-        due, new, draws = self.layout.most([is_due, is_new, draws_that_tell(size) if is_new else 1])
+        due, new, draws = self.layout.all_reduce_max([is_due, is_new, draws_that_tell(size) if is_new else 1])
         return Due(size, structure, bool(new), draws) if due else None
 
     @contextmanager

@@ -32,7 +32,7 @@ class SampleLosses:
 
     So class weights cancel in the mean of a sample that has but one target; with reduction "sum" they do not. For all but torch's
     it is checked, when asked for and whenever arguments are of another kind than before, that a sample's loss is of that sample
-    alone, and that the losses give what the criterion gives for the batch; see `criterion_check`.
+    alone, and that the losses give what the criterion gives for the batch; see `certificates.criterion`.
 
     Args:
         criterion: see `DPLossFastGradientClipping`.

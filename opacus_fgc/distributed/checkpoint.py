@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from opacus_fgc.distributed.mesh import cut_as
+from opacus_fgc.distributed.mesh import sharded_like
 
 
 class WholeState:
@@ -45,7 +45,7 @@ class WholeState:
 
     def _of_model(self, state: Mapping[str, Any]) -> dict[str, Any]:
         own = self._owner.state_dict()
-        return {name: cut_as(own[name], value) if name in own else value for name, value in state.items()}
+        return {name: sharded_like(own[name], value) if name in own else value for name, value in state.items()}
 
     def _of_optimizer(self, state: Mapping[str, Any]) -> dict[str, Any]:
         params = list(chain.from_iterable(group["params"] for group in self._owner.param_groups))
@@ -54,7 +54,7 @@ class WholeState:
 
         def cut(param: Any, value: Any) -> Any:
             # Counters of steps and the like have no shape of a parameter.
-            return cut_as(param, value) if isinstance(value, Tensor) and value.shape == param.shape else value
+            return sharded_like(param, value) if isinstance(value, Tensor) and value.shape == param.shape else value
 
         cuts = {
             place: {name: cut(param_at[place], value) for name, value in values.items()}

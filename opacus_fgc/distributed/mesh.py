@@ -1,4 +1,4 @@
-"""The axes of a mesh of processes, and how tensors are cut along them."""
+"""The axes of a mesh of processes, and how tensors are sharded along them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def groups(param: Any) -> list[Any]:
     return param.device_mesh.get_all_groups() if isinstance(param, DTensor) else []
 
 
-def is_cut(param: Any, axis: int) -> bool:
-    """Whether a parameter is cut, and not copied, along an axis of the mesh."""
+def is_sharded(param: Any, axis: int) -> bool:
+    """Whether a parameter is sharded, and not replicated, along an axis of the mesh."""
     placements = param.placements if isinstance(param, DTensor) else ()
     return axis < len(placements) and not placements[axis].is_replicate()
 
 
-def cut_rows(size: int, axis: Axis) -> range:
-    """Which of the rows of a tensor that is cut along an axis this rank has; as `torch.chunk` cuts."""
+def shard_rows(size: int, axis: Axis) -> range:
+    """Which of the rows of a tensor that is sharded along an axis this rank has; as `torch.chunk` does."""
     chunk = -(-size // axis.size)
     return range(size)[axis.rank * chunk : (axis.rank + 1) * chunk]
 
@@ -60,7 +60,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(param: Any, values: Tensor) -> Tensor:
-    """What this rank has of a tensor, as a tensor that is cut as the parameter is."""
+    """What this rank has of a tensor, as a tensor that is sharded as the parameter is."""
     if not isinstance(param, DTensor):
         return values
     return DTensor.from_local(
@@ -68,19 +68,19 @@ def like(param: Any, values: Tensor) -> Tensor:
     )
 
 
-def cut_as(param: Any, whole: Tensor) -> Tensor:
-    """A tensor that is cut over ranks as a parameter is.
+def sharded_like(param: Any, whole: Tensor) -> Tensor:
+    """A tensor that is sharded over ranks as a parameter is.
 
     Args:
-        param: the parameter; nothing is cut unless it is a DTensor.
+        param: the parameter; nothing is sharded unless it is a DTensor.
         whole: a tensor of the same shape, the same on all ranks.
     """
     if not isinstance(param, DTensor):
         return whole
     part = whole.to(param.device)
-    # Tensor parallel has the last axis and cuts first; FSDP cuts what is left.
+    # Tensor parallel has the last axis and shards first; FSDP shards what is left.
     for group, placement in reversed(list(zip(groups(param), param.placements, strict=True))):
         if not placement.is_replicate():
-            rows = cut_rows(part.shape[placement.dim], Axis(group, data=False))
+            rows = shard_rows(part.shape[placement.dim], Axis(group, data=False))
             part = part.narrow(placement.dim, rows.start, len(rows))
     return like(param, part.contiguous())

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from opacus_fgc.distributed.mesh import Axis, cut_rows
+from opacus_fgc.distributed.mesh import Axis, shard_rows
 
 BUCKET = 2**23
 """Tensors are summed together until they have so many elements or more, 32 MiB in float32."""
@@ -83,7 +83,7 @@ class ScatteredSum:
                 place[: piece.numel()] = piece.flatten()
         for tensor, dim in zip(tensors, dims, strict=True):
             shape = list(tensor.shape)
-            shape[dim] = len(cut_rows(shape[dim], axis))
+            shape[dim] = len(shard_rows(shape[dim], axis))
             self._shapes.append(shape)
         self._copies = copies
         self._sum = parts.new_empty(parts.shape[1])

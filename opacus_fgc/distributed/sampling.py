@@ -12,7 +12,8 @@ from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSample
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from opacus_fgc.distributed.layout import Layout
+from opacus_fgc.distributed.agreement import check_agreement
+from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.noise.secure import CommonSecureGenerator, SecureGenerator
 from opacus_fgc.sampling.draws import Draws
@@ -63,7 +64,7 @@ class PartSampler(Drawing, DistributedUniformWithReplacementSampler):
         self.num_samples = len(range(rank, whole.num_samples, ranks))
 
     def batches(self) -> Iterator[list[int]]:
-        """See `sampling.Drawing`."""
+        """See `sampling.poisson.Drawing`."""
         for batch in self.whole.batches():
             sizes = Counter(index % self.num_replicas for index in batch)
             own = [index for index in batch if index % self.num_replicas == self.rank]
@@ -118,4 +119,4 @@ def check_parts(loader: DataLoader, layout: Layout) -> None:
             "count several times. Make the DataLoader with sampler=torch.utils.data.DistributedSampler(dataset, num_replicas="
             f"{layout.data_ranks}, rank={layout.data_rank}, drop_last=True), or leave poisson_sampling=True"
         )
-    layout.check_agreement({"the sampler's seed": sampler.seed, "the sampler's shuffle": sampler.shuffle})
+    check_agreement(layout, {"the sampler's seed": sampler.seed, "the sampler's shuffle": sampler.shuffle})

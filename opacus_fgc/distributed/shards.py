@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map_only
 
-from opacus_fgc.distributed.mesh import Axis, cut_rows, local
+from opacus_fgc.distributed.mesh import Axis, local, shard_rows
 from opacus_fgc.taps.hooks import Hook
 from opacus_fgc.taps.tap import Use, tensors_in
 
@@ -201,7 +201,7 @@ def _rows(
     """Tokens as rows of this rank's part of the table, and backprops that are 0 where the row is another rank's."""
     rows = range(layer.num_embeddings)
     if cuts.get("weight") == 0:
-        rows = cut_rows(layer.num_embeddings, Axis(mesh.get_group(), data=False))
+        rows = shard_rows(layer.num_embeddings, Axis(mesh.get_group(), data=False))
     elsewhere = (index < rows.start) | (index >= rows.stop)
     if layer.padding_idx is not None:
         elsewhere = elsewhere | (index == layer.padding_idx)

@@ -18,7 +18,7 @@ class SecurePoissonSampler(PoissonSampler):
     generator: SecureGenerator
 
     def batches(self) -> Iterator[list[int]]:
-        """See `sampling.Drawing`."""
+        """See `sampling.poisson.Drawing`."""
         for _ in range(self.steps):
             yield (self.generator.uniform(self.num_samples) < self.sample_rate).nonzero().flatten().tolist()
 

@@ -52,7 +52,7 @@ class Record:
         batch_size: number of samples, None before the first backprop.
         batch_size_seen: number of samples that the model was called on, as its inputs show it; None where they do not.
         samples_in_loss: number of samples that there is a loss of; None where the losses are not known.
-        inputs: what `Layout.fingerprint` gave for what the model was called on, added up over its calls.
+        inputs: what `distributed.agreement.fingerprint` gave for what the model was called on, added up over its calls.
         marks: by parameter, numbers that tell what its layer was called on, likewise.
         orders: indices that sort the samples of packed sequences, or put them back.
         changed_buffers: the names of buffers that forward changed.

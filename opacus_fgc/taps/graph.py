@@ -22,7 +22,7 @@ class Reached(NamedTuple):
         in_model: other leaves, on ways behind its taps.
         other_models: whether there are taps of other models behind its own.
         calls: the tapped calls of the model, each a `Call.key`.
-        moving: the operations on the way that may move rows by indices; see `routes`.
+        moving: the operations on the way that may move rows by indices; see `taps.routes`.
     """
 
     model: bool

@@ -24,8 +24,9 @@ from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.certificates.samples import batch_size, some_samples, tensors_of
 from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.certificates.sketch import OUT_OF_MEMORY
-from opacus_fgc.distributed.layout import Layout
+from opacus_fgc.distributed.agreement import fingerprint
 from opacus_fgc.distributed.shards import Unsharded
+from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.errors import PrivacyNotImplementedError, located
 from opacus_fgc.step.norm_pass import Record
 from opacus_fgc.taps.compiled import KeptBuffers
@@ -274,7 +275,7 @@ class TappedModel(OpacusHooks):
             state = ModelState(self._module) if is_first or self.schedule.is_expected else None
             self._verify(record, module, (args, kwargs))
             record.brought.update(brought_by(tensors_of((args, kwargs))))
-            inputs = self.layout.fingerprint((args, kwargs))
+            inputs = fingerprint(self.layout, (args, kwargs))
             record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
             self._entrance = Entrance(module, args, kwargs, self._every_module, state)
             self._noted = None if state is None else Observations(record.batch_size_seen or 0)
@@ -304,7 +305,7 @@ class TappedModel(OpacusHooks):
             return
         size = record.batch_size_seen
         # All ranks are to run the same forwards, also those that have fewer samples than it takes.
-        most = self.layout.most([size or 0])[0]
+        most = self.layout.all_reduce_max([size or 0])[0]
         some = some_samples(inputs, size, 0, 2, self._axis) if size is not None and most else inputs
         # A model that has its batch size written into it takes but the whole batch.
         if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
@@ -370,7 +371,7 @@ class TappedModel(OpacusHooks):
     def _catch(self, escaped: set[Any]) -> bool:
         """Has modules whose parameters escaped the taps, on any rank, tapped in another way; says whether there are some."""
         layers = list(self.iterate_submodules(self._module))
-        ways = self.layout.most([self._next_way(layer, escaped) for layer in layers])
+        ways = self.layout.all_reduce_max([self._next_way(layer, escaped) for layer in layers])
         changes = {layer: _WAYS[way] for layer, way in zip(layers, ways, strict=True) if way}
         changes = {layer: way for layer, way in changes.items() if not isinstance(self._sampler(layer), way)}
         if changes:
@@ -387,7 +388,7 @@ class TappedModel(OpacusHooks):
         return 1 if isinstance(self._sampler(layer), Registered) else 2
 
     def _untapped(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Any]:
-        """The parameters that something depends on past their taps; see `taps.reached_by`."""
+        """The parameters that something depends on past their taps; see `taps.graph.reached_by`."""
         wanted = map(self._unsharded.of, self.trainable_parameters)
         return set(map(self._unsharded.parameter, reached_by(outputs, wanted, inputs).past))
 
