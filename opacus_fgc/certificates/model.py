@@ -19,7 +19,7 @@ from opacus_fgc.certificates.observations import Forward, Observations
 from opacus_fgc.certificates.ownership import Backprops, check_owners, draws_that_tell, weights
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.sketch import forget_weights
-from opacus_fgc.step.norm_pass import Record
+from opacus_fgc.step.record import Record
 from opacus_fgc.taps.graph import Reached
 from opacus_fgc.taps.model import TappedModel
 from opacus_fgc.taps.routes import arrangement

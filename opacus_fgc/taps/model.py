@@ -28,12 +28,12 @@ from opacus_fgc.distributed.agreement import fingerprint
 from opacus_fgc.distributed.shards import Unsharded
 from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.errors import PrivacyNotImplementedError, located
-from opacus_fgc.step.norm_pass import Record
+from opacus_fgc.step.record import Record
 from opacus_fgc.taps.compiled import KeptBuffers
 from opacus_fgc.taps.constants import constants_of
 from opacus_fgc.taps.functorch import Functorch, is_repeating
 from opacus_fgc.taps.graph import brought_by, leaves_of, reached_by
-from opacus_fgc.taps.hooks import Handles, Hook, clear_copied
+from opacus_fgc.taps.hooks import GradientHook, Handles, Hook, clear_copied
 from opacus_fgc.taps.lookup import (
     ByOperation,
     Registered,
@@ -220,7 +220,7 @@ class TappedModel(OpacusHooks):
         for param in every:
             self._ops.add(param, self._unsharded.of(param))
             if param.requires_grad:
-                handles.append(param.register_hook(partial(self._collect_second_pass, param)))
+                handles.append(param.register_hook(GradientHook(self._see_gradient, param)))
         self.enable_hooks()
 
     def _containers(self) -> Iterator[nn.Module]:
@@ -231,7 +231,7 @@ class TappedModel(OpacusHooks):
             if module not in self._layers and module not in inside and has_trainable_params_within(module):
                 yield module
 
-    def _collect_second_pass(self, param: Any, gradient: Tensor) -> None:
+    def _see_gradient(self, param: Any, gradient: Tensor) -> None:
         raise NotImplementedError
 
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
@@ -252,7 +252,6 @@ class TappedModel(OpacusHooks):
         """The record of the step whose forward runs; a new one if backward has been there."""
         if self.record is None or self.record.receiving:
             self.record = Record(self.loss_reduction)
-            self._second_pass: dict[Any, Tensor] | None = None
             for param in self.trainable_parameters:
                 param._norm_sample = None
         return self.record

@@ -460,7 +460,7 @@ def _checkpointing() -> _CheckpointFrame | None:
 def _place() -> tuple[Any, ...]:
     """The place in the model's code from which an operation was called."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", __package__):
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "opacus_fgc"):
         frame = frame.f_back
     return () if frame is None else (frame.f_code, frame.f_lasti)
 
