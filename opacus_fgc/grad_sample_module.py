@@ -13,18 +13,14 @@ from torch import Tensor, nn
 from opacus_fgc.argument_checks import check_loss_reduction, refuse_running_statistics
 from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense
-from opacus_fgc.planner import NOTHING
-from opacus_fgc.step.by_hand import ClippingCoefficients
+from opacus_fgc.step.by_hand import ByHand
 from opacus_fgc.step.clipped_sum import ClippedSum
 from opacus_fgc.step.copies import Copies
 from opacus_fgc.step.nonfinite import NonFinitePolicy
 from opacus_fgc.step.profile import UNWATCHED, Plan, Unwatched
-from opacus_fgc.step.record import Record
 from opacus_fgc.step.trained import TrainedParameters
-from opacus_fgc.step.weighted_pass import WeightedPass
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -39,7 +35,7 @@ def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -
         param._norm_sample = Dense(grad_sample[:max_batch_len]).norm()
 
 
-class GradSampleHooksFastGradientClipping(Copies, WeightedPass):
+class GradSampleHooksFastGradientClipping(Copies, ByHand):
     """Computes per-sample gradient norms of a model without wrapping it; see `GradSampleModuleFastGradientClipping`.
 
     Args:
@@ -87,8 +83,6 @@ class GradSampleHooksFastGradientClipping(Copies, WeightedPass):
         self._prepare(m, force_functorch)
         self.trained = TrainedParameters(m, self._unsharded)
         self.clipped_sum = ClippedSum()
-        self._second_pass: dict[Any, Tensor] | None = None
-        self._checked_by_hand = False
         self._profile: Unwatched = UNWATCHED
         super().__init__(
             m,
@@ -123,67 +117,6 @@ class GradSampleHooksFastGradientClipping(Copies, WeightedPass):
         """How many such samples were dropped so far; not private, since it is a count of the data."""
         return self._nonfinite.dropped
 
-    def _open_record(self) -> Record:
-        before, record = self.record, super()._open_record()
-        if record is not before:
-            self._second_pass = None
-        return record
-
-    def get_clipping_coef(self) -> Tensor:
-        """The factor that clips each sample's gradient to ``max_grad_norm``, shape ``(N,)``.
-
-        The next backward pass with hooks disabled is taken for the second pass, of ``(coef * loss).sum()``; `enable_hooks`
-        then puts what it gave into the parameters' ``summed_grad``. The losses are checked when they are multiplied with this.
-
-        Raises:
-            RuntimeError: if there was no backward through the taps.
-            ValueError: if a norm is inf or NaN.
-            NotImplementedError: under FSDP and tensor parallel, in half precision and under autocast.
-        """
-        if self.layout.forward_communicates:
-            raise NotImplementedError(
-                "a loop with two passes by hand does not go with FSDP and tensor parallel; use a criterion from "
-                "make_private, or DPLossFastGradientClipping"
-            )
-        coef = self.clipping.coefficients(self.get_norm_sample())
-        if self.record is not None and self.record.in_half:
-            raise PrivacyNotImplementedError(
-                "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
-                "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
-                "DPLossFastGradientClipping; or train in float32"
-            )
-        self._second_pass = {}
-        return ClippingCoefficients.of(coef, self._check_by_hand)
-
-    def _check_by_hand(self, losses: Tensor) -> None:
-        """Does for losses that a loop multiplies with coefficients what `first_pass` does for a criterion's."""
-        norms, record = self.per_sample_gradient_norms, self.record
-        if losses.shape != norms.shape:
-            # They broadcast; `enable_hooks` refuses what comes of that.
-            return
-        if record is None or self._second_pass is None:
-            raise PrivacyRuntimeError(
-                "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
-            )
-        reached = self.trained.check(losses, self._anchor, record.brought)
-        due = self._due(len(losses), reached, record)
-        if due is not None:
-            self.certify(due, losses, reached, 1.0)
-            self.record = record.again()
-            self.record.samples_in_loss = len(losses)
-            with self.hooks_set(True), self._nothing_left_of_errors():
-                self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
-                again = self.get_norm_sample()
-            self.record, self.per_sample_gradient_norms = record, norms
-            if not torch.allclose(again, norms.to(again), rtol=1e-2):
-                raise PrivacyValueError(
-                    "the first backward() was of other losses than the second is to be of: its norms are not those of "
-                    f"these losses. With loss_reduction={self.loss_reduction!r} call "
-                    f"losses.{self.loss_reduction}().backward(retain_graph=True) first, and (coef * "
-                    "losses).sum().backward() second"
-                )
-        self._checked_by_hand = True
-
     def coefficients(self, norms: Tensor) -> Tensor:
         """The clipping coefficients of the samples, after `first_pass`; 0 for one that is dropped.
 
@@ -214,28 +147,6 @@ class GradSampleHooksFastGradientClipping(Copies, WeightedPass):
                 yield plan
         finally:
             self._profile = UNWATCHED
-
-    def _see_gradient(self, param: Any, gradient: Tensor) -> None:
-        """Hook of each parameter: sees the gradients of a second pass that is written by hand."""
-        if self._second_pass is not None and not self.hooks_enabled:
-            self._second_pass[param] = gradient
-
-    def enable_hooks(self) -> None:
-        """Turns the taps on, and ends the second pass of a loop that is written by hand; see `get_clipping_coef`."""
-        super().enable_hooks()
-        collected, self._second_pass = self._second_pass, None
-        checked, self._checked_by_hand = self._checked_by_hand, False
-        if collected:
-            if not checked:
-                raise PrivacyValueError(
-                    "a second pass whose losses are not known: multiply the losses with what get_clipping_coef() returned, "
-                    "(coef * losses).sum().backward(), where both have the same shape, one value a sample"
-                )
-            self.check_accumulation()
-            self.add_to_clipped_sum((param, collected.get(param)) for param in self.trainable_parameters)
-            # What the two passes left; else the step would take it for a gradient that it is to leave out.
-            for param in self.trainable_parameters:
-                param.grad = None
 
     def cleanup(self) -> None:
         """Takes everything off the model and its parameters that was put there."""

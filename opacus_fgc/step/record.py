@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,27 +14,8 @@ from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.per_sample.precision import full_precision, is_half, widened
 from opacus_fgc.planner import KeepBudget, Room
+from opacus_fgc.step.uses import Step, Uses
 from opacus_fgc.taps.tap import Interleave, Use
-
-
-class Step:
-    """A private loss on its way back, which marks the calls that it comes by.
-
-    Attributes:
-        graph_is_retained: whether plain losses may come by after it.
-    """
-
-    def __init__(self, graph_is_retained: bool) -> None:
-        self.graph_is_retained = graph_is_retained
-
-    def check_plain_pass(self) -> None:
-        """Raises a RuntimeError if a plain loss may not come by, as torch does; whether there is memory left does not matter."""
-        if not self.graph_is_retained:
-            raise RuntimeError(
-                "Trying to backward through the graph a second time: backward() of a private loss came through it, which "
-                "used it "
-                "up. Call the model again, or Specify retain_graph=True when calling backward() on the private loss"
-            )
 
 
 class Record:
@@ -85,9 +66,7 @@ class Record:
         self.in_half = False
         self.looking = False
         self.first_not_finite = ""
-        self._expected: dict[Any, int] = {}
-        self._owners: dict[Any, int] = {}
-        self._uses: dict[Any, list[Use]] = {}
+        self.uses = Uses()
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._kept: dict[Any, PerSampleGradient] = {}
@@ -101,7 +80,7 @@ class Record:
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
-        other.expectations, other.step, other.brought = self.expectations, self.step, self.brought
+        other.uses.expected, other.step, other.brought = self.uses.expected, self.step, self.brought
         return other
 
     def summing(self, params: Iterable[Any], coef: Tensor | None) -> Record:
@@ -124,42 +103,7 @@ class Record:
     @property
     def receiving(self) -> bool:
         """Whether backward has begun."""
-        return self.batch_size is not None or bool(self._uses)
-
-    @property
-    def expectations(self) -> tuple[dict[Any, int], dict[Any, int]]:
-        """A copy of what `expect` noted; set it to forget what came since."""
-        return dict(self._expected), dict(self._owners)
-
-    @expectations.setter
-    def expectations(self, value: tuple[dict[Any, int], dict[Any, int]]) -> None:
-        self._expected, self._owners = map(dict, value)
-
-    def expect(self, layer: Any, params: Iterable[Tensor]) -> None:
-        """Notes one more use of a layer, and of its parameters, in forward."""
-        calls = self._expected.get(layer, 0)
-        if not calls:
-            for param in params:
-                self._owners[param] = self._owners.get(param, 0) + 1
-        self._expected[layer] = calls + 1
-
-    def uses(self, layer: Any, use: Use) -> Sequence[Use]:
-        """Takes in one use of a layer.
-
-        Returns:
-            All uses of the layer if they are complete with this one; else nothing.
-        """
-        expected = self._expected.get(layer, 0)
-        if expected == 1:
-            return [use]
-        uses = self._uses.setdefault(layer, [])
-        uses.append(use)
-        return self._uses.pop(layer) if len(uses) == expected else []
-
-    def unfinished(self) -> Iterator[tuple[Any, Sequence[Use]]]:
-        """The layers of which some uses came, and others did not; they are given up."""
-        while self._uses:
-            yield self._uses.popitem()
+        return self.batch_size is not None or self.uses.some_came
 
     def receive(self, forms: Mapping[Any, PerSampleGradient], uses: Sequence[Use]) -> dict[Any, Measured]:
         """Takes in the per-sample gradients of a layer's uses.
@@ -181,7 +125,7 @@ class Record:
         held += sum(local(param).numel() for param in forms)
         room = self.budget.room(held, len(uses), spared=not self.unkept)
         for param, form in forms.items():
-            form = self._by_sample(form)
+            form = _by_sample(form, self.batch_size_seen if self.samples_in_loss is None else self.samples_in_loss)
             if self.batch_size is None:
                 self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
             if form.batch_size != self.batch_size:
@@ -196,7 +140,7 @@ class Record:
                     "a use of its parameter came back after the parameter's norm was taken. Do not mix the "
                     "graphs of several forwards with a backward between them in one loss"
                 )
-            owners = self._owners.get(param)
+            owners = self.uses.owners(param)
             if owners == 1:
                 complete[param] = self._measure(param, form, room)
                 continue
@@ -205,13 +149,6 @@ class Record:
             if len(received) == owners:
                 complete[param] = self._measure(param, add(self._forms.pop(param)), room)
         return {param: measured for param, measured in complete.items() if measured is not None}
-
-    def _by_sample(self, form: PerSampleGradient) -> PerSampleGradient:
-        """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
-        size = self.batch_size_seen if self.samples_in_loss is None else self.samples_in_loss
-        if not size or form.batch_size <= size or form.batch_size % size:
-            return form
-        return form.sum_over_uses(form.batch_size // size)
 
     def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
         """The norms of the per-sample gradients of these parameters; 0 for a parameter that the loss does not use.
@@ -263,7 +200,7 @@ class Record:
         if self._coef is None:
             self._kept[param] = form
         else:
-            self._sums[param] = self._weighted(param, form, self._coef)
+            self._sums[param] = self._weigh(param, form, self._coef)
 
     def weighted_sum(self, param: Any, coef: Tensor) -> Tensor | None:
         """``sum_n coef[n] * gradient[n]`` from the kept form of a parameter, which is given up; None if there is none.
@@ -278,9 +215,9 @@ class Record:
         if param in self._sums:
             return self._sums.pop(param)
         form = self._kept.pop(param, None)
-        return None if form is None else self._weighted(param, form, coef)
+        return None if form is None else self._weigh(param, form, coef)
 
-    def _weighted(self, param: Any, form: PerSampleGradient, coef: Tensor) -> Tensor:
+    def _weigh(self, param: Any, form: PerSampleGradient, coef: Tensor) -> Tensor:
         if self.samples is not None:
             coef, form = coef[self.samples], form.select(self.samples.to(param.device))
         with full_precision(param.device):
@@ -293,3 +230,10 @@ def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:
         if use.call.autocast[0] or any(map(is_half, use.backprops)):
             return True
     return any(map(is_half, params))
+
+
+def _by_sample(form: PerSampleGradient, size: int | None) -> PerSampleGradient:
+    """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
+    if not size or form.batch_size <= size or form.batch_size % size:
+        return form
+    return form.sum_over_uses(form.batch_size // size)

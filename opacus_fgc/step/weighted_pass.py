@@ -11,8 +11,9 @@ from opacus_fgc.distributed.clipped_sums import as_parameters, gradients_of
 from opacus_fgc.per_sample.precision import is_half, reduced_operations
 from opacus_fgc.planner import KeepPolicy
 from opacus_fgc.step.clipped_sum import ClippedSum
+from opacus_fgc.step.layer_norms import pass_of
 from opacus_fgc.step.nonfinite import is_finite
-from opacus_fgc.step.norm_pass import NormPass, pass_of
+from opacus_fgc.step.norm_pass import NormPass
 
 
 class WeightedPass(NormPass):

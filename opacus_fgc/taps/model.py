@@ -353,7 +353,7 @@ class TappedModel(OpacusHooks):
         """A forward that is not the user's own, of which the record keeps nothing."""
         # One that is only looked at may run between a first pass and what comes of it.
         record = self._open_record() if self._seen is None or self.record is None else self.record
-        kept, record.batch_size_seen = (record.expectations, record.batch_size_seen), size
+        kept, record.batch_size_seen = (record.uses.expected, record.batch_size_seen), size
         self._outermost = _TRIAL
         self._ops.enter(size, trying=True)
         args, kwargs = inputs
@@ -363,7 +363,7 @@ class TappedModel(OpacusHooks):
         finally:
             self._ops.leave()
             self._outermost = None
-            record.expectations, record.batch_size_seen = kept
+            record.uses.expected, record.batch_size_seen = kept
             # Casts of weights that it made are older than the user's forward, and come too late in backward for FSDP.
             torch.clear_autocast_cache()
 
@@ -489,7 +489,7 @@ class TappedModel(OpacusHooks):
         if not self._recomputing():
             if self._noted is not None:
                 self._look_at(self._noted, key, layer, output, inputs, axis)
-            self._open_record().expect(key, params)
+            self._open_record().uses.expect(key, params)
             if entrance is None and isinstance(key, nn.Module) and self._outermost is None:
                 entrance = Entrance(key, *inputs, self._every_module)
         seen = list(map(self._unsharded.of, params))
