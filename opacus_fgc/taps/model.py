@@ -31,6 +31,7 @@ from opacus_fgc.errors import PrivacyNotImplementedError, located
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.compiled import KeptBuffers
 from opacus_fgc.taps.constants import constants_of
+from opacus_fgc.taps.expansion import Expansion
 from opacus_fgc.taps.functorch import Functorch, is_repeating
 from opacus_fgc.taps.graph import brought_by, leaves_of, reached_by
 from opacus_fgc.taps.hooks import GradientHook, Handles, Hook, clear_copied
@@ -44,7 +45,8 @@ from opacus_fgc.taps.lookup import (
     with_batch_second,
 )
 from opacus_fgc.taps.operation_samplers import Op, OpSampler
-from opacus_fgc.taps.operations import Expansion, OpTaps, size_of
+from opacus_fgc.taps.operations import OpTaps
+from opacus_fgc.taps.shared import size_of
 from opacus_fgc.taps.tap import Call, Receiver, tap, tensors_in
 
 
