@@ -19,8 +19,8 @@ from opacus_fgc.per_sample.precision import full_precision
 from opacus_fgc.step.nonfinite import is_finite
 from opacus_fgc.step.profile import Unwatched
 from opacus_fgc.taps.lookup import find_gradient_sampler
-from opacus_fgc.taps.model import Tapped
 from opacus_fgc.taps.tap import Call, Use
+from opacus_fgc.taps.tapping import Tapped
 
 
 class LayerNorms(CertifiedModel):
