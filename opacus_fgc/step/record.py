@@ -129,12 +129,7 @@ class Record:
             if self.batch_size is None:
                 self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
             if form.batch_size != self.batch_size:
-                raise PrivacyValueError(
-                    f"it was called on {form.batch_size} rows for {self.batch_size} samples. Every layer with "
-                    f"trainable parameters needs one row a sample, or as many for each, sample by sample. {TOKENS}. "
-                    f"{PADDING}. Inputs that the batch shares, expand (`x.expand(batch_size, ...)`); and check "
-                    "batch_first"
-                )
+                raise _size_error(form.batch_size, self.batch_size)
             if param in self._norms:
                 raise PrivacyRuntimeError(
                     "a use of its parameter came back after the parameter's norm was taken. Do not mix the "
@@ -237,3 +232,12 @@ def _by_sample(form: PerSampleGradient, size: int | None) -> PerSampleGradient:
     if not size or form.batch_size <= size or form.batch_size % size:
         return form
     return form.sum_over_uses(form.batch_size // size)
+
+
+def _size_error(rows: int, samples: int) -> PrivacyValueError:
+    return PrivacyValueError(
+        f"it was called on {rows} rows for {samples} samples. Every layer with "
+        f"trainable parameters needs one row a sample, or as many for each, sample by sample. {TOKENS}. "
+        f"{PADDING}. Inputs that the batch shares, expand (`x.expand(batch_size, ...)`); and check "
+        "batch_first"
+    )
