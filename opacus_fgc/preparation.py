@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,14 +12,19 @@ from opacus.optimizers import DPOptimizer
 from torch import nn, optim
 from torch.utils.data import DataLoader
 
+from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.checkpoints import Checkpoints
 from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.distributed.agreement import check_agreement, check_copies
+from opacus_fgc.distributed.sampling import common_generator, shared
+from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
     GradSampleModuleFastGradientClipping,
 )
 from opacus_fgc.loss import MODES, DPLossFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
+from opacus_fgc.sampling.loaders import batches_of, checked, with_own_draws
 from opacus_fgc.sampling.secure import secured
 
 
@@ -106,3 +112,53 @@ class Preparation(Checkpoints):
         return super()._prepare_criterion(
             module=module, optimizer=optimizer, criterion=criterion, loss_reduction=loss_reduction, **kwargs
         )
+
+    def _private(
+        self, given: dict[str, Any], nonfinite: str, schedule: Schedule
+    ) -> tuple[Any, DPOptimizerFastGradientClipping, DPLossFastGradientClipping, DataLoader]:
+        """Opacus' `make_private`, and what it does not know of: the mode, certificates, ranks, whose batches are stepped on."""
+        module: Any
+        optimizer: Any
+        criterion: Any
+        module, optimizer, criterion, data_loader = super().make_private(**given)
+        criterion.clipped_backward = MODES[given["grad_sample_mode"]]
+        criterion.module.nonfinite = nonfinite
+        criterion.module.schedule = schedule
+        layout, poisson = criterion.module.layout, given["poisson_sampling"]
+        if layout.axes:
+            check_copies(layout)
+            data_loader = self._distributed(layout, optimizer, data_loader, poisson)
+        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            warnings.warn(
+                f"each of the {dist.get_world_size()} processes trains a model of its own, with batches and a budget of its "
+                "own. "
+                "For one model of all wrap it in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
+                "fully_shard on it, before make_private",
+                stacklevel=3,
+            )
+        if not (layout.axes and poisson):
+            data_loader = with_own_draws(data_loader)
+        if not (poisson or self.secure_mode):
+            data_loader = checked(data_loader)
+        optimizer.batches = batches_of(data_loader, optimizer.drop_unfinished)
+        return module, optimizer, criterion, data_loader
+
+    def _distributed(
+        self, layout: Layout, optimizer: DPOptimizerFastGradientClipping, data_loader: DataLoader, poisson: bool
+    ) -> DataLoader:
+        optimizer.expected_batch_size /= layout.data_ranks
+        check_agreement(
+            layout,
+            {
+                "noise_multiplier": optimizer.noise_multiplier,
+                "max_grad_norm": optimizer.max_grad_norm,
+                "the size of the data set": optimizer.expected_batch_size,
+                "the number of batches": len(data_loader),
+            },
+        )
+        if not poisson:
+            return data_loader
+        generator = common_generator(layout, self.secure_rng if self.secure_mode else data_loader.generator)
+        if isinstance(generator, torch.Generator):
+            self._batches.append(generator)
+        return shared(data_loader, layout, generator)

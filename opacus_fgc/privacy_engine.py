@@ -5,26 +5,25 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from opacus.grad_sample.utils import get_gsm_class
+from torch import nn, optim
 from torch.utils.data import DataLoader
 
 from opacus_fgc.argument_checks import check_nonfinite, is_finite_number
 from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.clipping import RULES
-from opacus_fgc.distributed.agreement import check_agreement, check_copies
-from opacus_fgc.distributed.sampling import common_generator, shared
-from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.loss import MODES, NAMES
 from opacus_fgc.noise.secure import SecureGenerator
-from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.preparation import Preparation
 from opacus_fgc.private_arguments import check_arguments
-from opacus_fgc.sampling.loaders import batches_of, check_length, checked, with_own_draws
+from opacus_fgc.sampling.loaders import check_length
 from opacus_fgc.sampling.secure import secured
+
+_CROSS_ENTROPY = nn.CrossEntropyLoss()  # Opacus' default
 
 
 class PrivacyEngine(Preparation):
@@ -64,15 +63,49 @@ class PrivacyEngine(Preparation):
         self.secure_mode = True
         self.secure_rng = generator
 
-    def make_private(self, **kwargs: Any) -> Any:
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: optim.Optimizer,
+        criterion: Callable[..., Any] = _CROSS_ENTROPY,
+        data_loader: DataLoader,
+        noise_multiplier: float,
+        max_grad_norm: Any,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        poisson_sampling: bool = True,
+        clipping: str = "flat",
+        noise_generator: torch.Generator | None = None,
+        grad_sample_mode: str = "hooks",
+        wrap_model: bool = True,
+        nonfinite: str = "error",
+        certify: str = "thinning",
+        **kwargs: Any,
+    ) -> Any:
         """Makes model, optimizer, criterion and data loader private; see `opacus.PrivacyEngine.make_private`.
 
+        With a mode of this package all arguments are checked before anything is wrapped or changed. With another mode all but
+        ``nonfinite`` and ``certify`` go to Opacus.
+
         Args:
-            **kwargs: the arguments of Opacus' method. With a mode of this package all are checked before anything is wrapped or
-                changed; ``clipping`` is "flat", or "adaptive" with the arguments of `clipping.AdaptiveClipping`;
-                ``nonfinite="error"`` or ``"drop"`` says what is done about samples whose gradient has inf or NaN in it; and
-                ``certify="thinning"``, ``"always"`` or ``"never"`` how often it is proven that samples have gradients of their
-                own; see `certificates.schedule.Schedule`.
+            module: the model.
+            optimizer: any of ``torch.optim`` over the model's parameters.
+            criterion: any of torch's, or any callable, batch first; see `DPLossFastGradientClipping`.
+            data_loader: gives the data set, the batch size that is expected, and how samples are collated.
+            noise_multiplier: standard deviation of the noise as a multiple of ``max_grad_norm``.
+            max_grad_norm: the norm ``C`` that each sample's gradient is clipped to.
+            batch_first: whether the batch is the first axis of what the model is called on, or the second.
+            loss_reduction: "mean" or "sum", as the criterion reduces.
+            poisson_sampling: whether batches are drawn as the account takes them to be; without, the loader stays as it is.
+            clipping: "flat", or "adaptive" with the arguments of `clipping.AdaptiveClipping` by keyword.
+            noise_generator: the source of noise; torch's default if None.
+            grad_sample_mode: "ghost" or "ghost_bk"; or one of Opacus' modes.
+            wrap_model: whether the model is wrapped, or gets hooks and is used as it is.
+            nonfinite: what is done about samples whose gradient has inf or NaN in it, "error" or "drop".
+            certify: how often it is proven that samples have gradients of their own: "thinning", "always" or "never"; see
+                `certificates.schedule.Schedule`.
+            **kwargs: the clipping rule's arguments; with another mode, Opacus' own.
 
         Returns:
             ``(module, optimizer, criterion, data_loader)`` with a mode of this package: the wrapped model (with
@@ -84,46 +117,37 @@ class PrivacyEngine(Preparation):
             ValueError: if an argument has no meaning.
             NotImplementedError: if the model, or what is asked for, is not supported.
         """
-        mode = _known(kwargs.get("grad_sample_mode", "hooks"))
-        if mode not in MODES:
+        given: dict[str, Any] = {
+            "module": module,
+            "optimizer": optimizer,
+            "criterion": criterion,
+            "data_loader": data_loader,
+            "noise_multiplier": noise_multiplier,
+            "max_grad_norm": max_grad_norm,
+            "batch_first": batch_first,
+            "loss_reduction": loss_reduction,
+            "poisson_sampling": poisson_sampling,
+            "clipping": clipping,
+            "noise_generator": noise_generator,
+            "grad_sample_mode": _known(grad_sample_mode),
+            "wrap_model": wrap_model,
+            **kwargs,
+        }
+        if given["grad_sample_mode"] not in MODES:
             if self.secure_mode:
                 raise NotImplementedError(
                     f"secure_mode=True serves grad_sample_mode {' and '.join(map(repr, MODES))}; this is "
-                    f"{kwargs.get('grad_sample_mode', 'hooks')!r}. Pass one of the two, or use Opacus' own "
+                    f"{grad_sample_mode!r}. Pass one of the two, or use Opacus' own "
                     "PrivacyEngine, which needs torchcsprng for it"
                 )
-            return super().make_private(**kwargs)
-        kwargs["grad_sample_mode"] = mode
-        nonfinite = kwargs.pop("nonfinite", "error")
+            return super().make_private(**given)
         check_nonfinite(nonfinite)
-        schedule = Schedule(kwargs.pop("certify", "thinning"))
-        kwargs = _with_clipping_rule(**kwargs)
-        poisson = kwargs.get("poisson_sampling", True)
-        if self.secure_mode and not poisson:
-            secured(kwargs["data_loader"], self.secure_rng)  # for its error, before anything is wrapped
-        check_arguments(**kwargs)
-        module, optimizer, criterion, data_loader = super().make_private(**kwargs)
-        criterion.clipped_backward = MODES[mode]
-        criterion.module.nonfinite = nonfinite
-        criterion.module.schedule = schedule
-        layout = criterion.module.layout
-        if layout.axes:
-            check_copies(layout)
-            data_loader = self._distributed(layout, optimizer, data_loader, poisson)
-        elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            warnings.warn(
-                f"each of the {dist.get_world_size()} processes trains a model of its own, with batches and a budget of its "
-                "own. "
-                "For one model of all wrap it in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
-                "fully_shard on it, before make_private",
-                stacklevel=2,
-            )
-        if not (layout.axes and poisson):
-            data_loader = with_own_draws(data_loader)
-        if not (poisson or self.secure_mode):
-            data_loader = checked(data_loader)
-        optimizer.batches = batches_of(data_loader, optimizer.drop_unfinished)
-        return module, optimizer, criterion, data_loader
+        schedule = Schedule(certify)
+        given = _with_clipping_rule(**given)
+        if self.secure_mode and not poisson_sampling:
+            secured(data_loader, self.secure_rng)  # for its error, before anything is wrapped
+        check_arguments(**given)
+        return self._private(given, nonfinite, schedule)
 
     def make_private_with_epsilon(
         self, *, target_epsilon: float, target_delta: float, epochs: float, data_loader: DataLoader, **kwargs: Any
@@ -177,26 +201,6 @@ class PrivacyEngine(Preparation):
         if any(noise_multiplier == 0 for noise_multiplier, _, _ in history):
             return math.inf
         return super().get_epsilon(delta)
-
-    def _distributed(
-        self, layout: Layout, optimizer: DPOptimizerFastGradientClipping, data_loader: DataLoader, poisson: bool
-    ) -> DataLoader:
-        optimizer.expected_batch_size /= layout.data_ranks
-        check_agreement(
-            layout,
-            {
-                "noise_multiplier": optimizer.noise_multiplier,
-                "max_grad_norm": optimizer.max_grad_norm,
-                "the size of the data set": optimizer.expected_batch_size,
-                "the number of batches": len(data_loader),
-            },
-        )
-        if not poisson:
-            return data_loader
-        generator = common_generator(layout, self.secure_rng if self.secure_mode else data_loader.generator)
-        if isinstance(generator, torch.Generator):
-            self._batches.append(generator)
-        return shared(data_loader, layout, generator)
 
 
 def _known(mode: Any) -> str:
