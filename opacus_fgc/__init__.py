@@ -15,7 +15,7 @@ from opacus_fgc.norm_samplers import NORM_SAMPLERS, register_norm_sampler
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.privacy_engine import PrivacyEngine
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "NORM_SAMPLERS",

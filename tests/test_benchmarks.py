@@ -99,6 +99,7 @@ def test_means():
     assert "ghost_bk is 2.00 times as fast as opacus ghost" in text
 
 
+@pytest.mark.slow
 def test_step(tmp_path):
     report, picture = tmp_path / "step.json", tmp_path / "step.png"
     names = ["MLP, B=1", "MLP, B=4"]
@@ -140,6 +141,7 @@ def known_collectives():
     return communication.sent
 
 
+@pytest.mark.slow
 def test_bytes_of_known_collectives():
     """Four ranks: 1000 numbers of 4 bytes; 250 of 8 bytes; and 1000 once more among two of them."""
     with ranks(4) as group:
@@ -175,6 +177,7 @@ def compare(name):
     return found
 
 
+@pytest.mark.slow
 @needs_fsdp
 @pytest.mark.parametrize("name", list(distributed.PLANS))
 def test_formulas_say_what_is_sent(name):
@@ -186,6 +189,7 @@ def test_formulas_say_what_is_sent(name):
                 assert size == pytest.approx(expected.size, rel=0.01)
 
 
+@pytest.mark.slow
 @needs_fsdp
 def test_distributed(tmp_path):
     report = tmp_path / "distributed.json"

@@ -41,6 +41,8 @@ from tests.distributed_cases import (
 from tests.ranks import Ranks, ranks, refused_on_all_ranks
 from tests.reference import reference
 
+pytestmark = pytest.mark.slow  # several processes
+
 
 @pytest.fixture(scope="module", params=[2, 4])
 def group(request) -> Iterator[Ranks]:

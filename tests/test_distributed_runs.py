@@ -45,6 +45,8 @@ from tests.distributed_cases import (
 from tests.ranks import Failed, Ranks, ranks, refused_on_all_ranks
 from tests.reference import reference
 
+pytestmark = pytest.mark.slow  # several processes
+
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Ranks]:

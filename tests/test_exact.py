@@ -64,8 +64,8 @@ def assert_equal(actual: torch.Tensor, wanted: torch.Tensor, what: str) -> None:
     torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10, msg=lambda text: f"{what}: {text}")
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("reduction", ["mean", pytest.param("sum", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("entry", ["wrapped", pytest.param("hooks", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case, way", MATRIX)
 def test_equals_oracle(case: Case, way: str, entry: str, reduction: str) -> None:
     oracle = expected(case, reduction)
@@ -84,7 +84,7 @@ def test_equals_oracle(case: Case, way: str, entry: str, reduction: str) -> None
     assert_equal(loss.detach(), getattr(oracle.losses, reduction)(), "loss")
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", ["wrapped", pytest.param("hooks", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_two_passes_by_hand(case: Case, entry: str) -> None:
     """The low-level protocol, without our criterion, gives the same."""

@@ -35,6 +35,7 @@ def test_digits_refuses_bad_arguments(option: str, value: str, error: str) -> No
     assert error in run.stderr
 
 
+@pytest.mark.slow
 @needs_fsdp
 def test_distributed() -> None:
     pytest.importorskip("sklearn")

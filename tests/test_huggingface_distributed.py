@@ -19,7 +19,10 @@ from tests.ranks import Ranks, ranks
 from tests.reference import reference
 from tests.test_huggingface import MODELS, N, Named, loss_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,  # several processes
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning"),
+]
 
 
 def by_layer(model: nn.Module) -> nn.Module:

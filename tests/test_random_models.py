@@ -27,6 +27,8 @@ from tests.reference import reference
 from tests.test_exact import ENTRIES
 
 MODELS = int(os.environ.get("RANDOM_MODELS", "300"))
+QUICK = 60
+"""How many of them run by default."""
 Step = Callable[[Tensor], Tensor]
 
 
@@ -174,7 +176,9 @@ class Model(nn.Module):
         return nn.CrossEntropyLoss(weight, reduction=reduction, label_smoothing=draw.choice([0.0, 0.1]))
 
 
-@pytest.mark.parametrize("seed", range(MODELS))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(seed, marks=pytest.mark.slow if seed >= QUICK else ()) for seed in range(MODELS)]
+)
 def test_equals_oracle(seed: int) -> None:
     draw = random.Random(seed)
     model, n, reduction = Model(seed), draw.randint(1, 6), draw.choice(["mean", "sum"])

@@ -29,6 +29,7 @@ except PackageNotFoundError:
 
 # Deprecations inside peft; and what Opacus says of so few messages.
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Optimal order is"),
 ]
