@@ -1,7 +1,7 @@
 PYTHON ?= python3
 TOX := .venv/bin/tox
 
-.PHONY: bench bench-certificates bench-distributed demo distributed text test lint type clean
+.PHONY: bench bench-certificates bench-distributed demo distributed docs text test lint type clean
 
 demo: $(TOX)  ## private training on real data
 	$(TOX) run -q -e demo -- $(ARGS)
@@ -24,11 +24,14 @@ bench-certificates: $(TOX)  ## what it costs to prove that samples have gradient
 bench-distributed: $(TOX)  ## time, bytes sent and memory of a step over several processes, likewise
 	$(TOX) run -q -e bench-distributed -- $(ARGS)
 
+docs: $(TOX)  ## the documentation as a site, in site/
+	$(TOX) run -e docs -- site $(ARGS)
+
 lint type: $(TOX)
 	$(TOX) run -e $@
 
 clean:
-	rm -rf .tox .venv
+	rm -rf .tox .venv site
 
 $(TOX):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make PYTHON=python3.11 ...")'
