@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from opacus_fgc.taps.operations import TOP_SAVED_TENSORS_HOOKS
+from opacus_fgc.taps.watch import TOP_SAVED_TENSORS_HOOKS
 from tests.case import Apply, Case, Square, classes, floats, frozen, tokens
 from tests.cases import LAYERS, OfTimeFirst, ScaleByOwn
 from tests.changed_cases import CHANGED

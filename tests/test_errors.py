@@ -93,7 +93,7 @@ def test_an_error_of_a_tap_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> N
     def fails(*args: object) -> None:
         raise NotImplementedError("no rows") from KeyError("rows")
 
-    monkeypatch.setattr("opacus_fgc.taps.model.tap", fails)
+    monkeypatch.setattr("opacus_fgc.taps.tapping.tap", fails)
     wrapped = GradSampleModuleFastGradientClipping(nn.Linear(4, 3))
     with pytest.raises(NotImplementedError, match=r"\(Linear\): no rows") as error:
         wrapped(torch.randn(2, 4))

@@ -19,10 +19,10 @@ from opacus_fgc.certificates.observations import Forward, Observations
 from opacus_fgc.certificates.ownership import Backprops, check_owners, draws_that_tell, weights
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.sketch import forget_weights
-from opacus_fgc.step.norm_pass import Record
+from opacus_fgc.step.record import Record
 from opacus_fgc.taps.graph import Reached
-from opacus_fgc.taps.model import TappedModel
 from opacus_fgc.taps.routes import arrangement
+from opacus_fgc.taps.trial import TriedModel
 
 
 class Due(NamedTuple):
@@ -41,7 +41,7 @@ class Due(NamedTuple):
     draws: int
 
 
-class CertifiedModel(TappedModel):
+class CertifiedModel(TriedModel):
     """A tapped model that proves of a backward pass what its norms rely on; see `certificates`."""
 
     _witness: Backprops | None = None
@@ -170,9 +170,9 @@ class CertifiedModel(TappedModel):
                 state.restore()
             random_states.restore()
             inputs = copied(entrance.inputs) if replacement is None else replacement(entrance.inputs)
-            self._seen = observations = Observations(size)
+            self._running.seen = observations = Observations(size)
             try:
                 output = self._trial(entrance.module, inputs, size)
             finally:
-                self._seen = None
+                self._running.seen = None
             return observations.of(tensors_of(output), self._module)

@@ -96,7 +96,7 @@ class ModelState:
 def _is_object(value: Any) -> bool:
     if callable(value) or isinstance(value, (type, nn.Module)) or not hasattr(value, "__dict__"):
         return False
-    return type(value).__module__.partition(".")[0] not in ("torch", "builtins", __package__)
+    return type(value).__module__.partition(".")[0] not in ("torch", "builtins", "opacus_fgc")
 
 
 def _same(first: Any, second: Any) -> bool:

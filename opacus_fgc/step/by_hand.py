@@ -1,4 +1,4 @@
-"""Clipping coefficients for a loop with two passes that is written by hand."""
+"""A loop with two passes that is written by hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
+from opacus_fgc.planner import NOTHING
+from opacus_fgc.step.record import Record
+from opacus_fgc.step.weighted_pass import WeightedPass
 
 
 class ClippingCoefficients(Tensor):
@@ -49,3 +55,95 @@ class ClippingCoefficients(Tensor):
             if losses or not isinstance(result, Tensor):
                 return result.as_subclass(Tensor) if isinstance(result, cls) else result
             return cls.of(result, own.check)
+
+
+class ByHand(WeightedPass):
+    """A model whose user makes both passes: `get_clipping_coef` lies between them, `enable_hooks` ends the second."""
+
+    clipping: FlatClipping
+    # The gradients of the second pass by parameter; None where there is none to come.
+    _second_pass: dict[Any, Tensor] | None = None
+    _losses_checked = False
+
+    def get_clipping_coef(self) -> Tensor:
+        """The factor that clips each sample's gradient to ``max_grad_norm``, shape ``(N,)``.
+
+        The next backward pass with hooks disabled is taken for the second pass, of ``(coef * loss).sum()``; `enable_hooks`
+        then puts what it gave into the parameters' ``summed_grad``. The losses are checked when they are multiplied with this.
+
+        Raises:
+            RuntimeError: if there was no backward through the taps.
+            ValueError: if a norm is inf or NaN.
+            NotImplementedError: under FSDP and tensor parallel, in half precision and under autocast.
+        """
+        if self.layout.forward_communicates:
+            raise NotImplementedError(
+                "a loop with two passes by hand does not go with FSDP and tensor parallel; use a criterion from "
+                "make_private, or DPLossFastGradientClipping"
+            )
+        coef = self.clipping.coefficients(self.get_norm_sample())
+        if self.record is not None and self.record.in_half:
+            raise PrivacyNotImplementedError(
+                "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
+                "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
+                "DPLossFastGradientClipping; or train in float32"
+            )
+        self._second_pass = {}
+        return ClippingCoefficients.of(coef, self._check_by_hand)
+
+    def _check_by_hand(self, losses: Tensor) -> None:
+        """Does for losses that a loop multiplies with coefficients what `first_pass` does for a criterion's."""
+        norms, record = self.per_sample_gradient_norms, self.record
+        if losses.shape != norms.shape:
+            # They broadcast; `enable_hooks` refuses what comes of that.
+            return
+        if record is None or self._second_pass is None:
+            raise PrivacyRuntimeError(
+                "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
+            )
+        reached = self.trained.check(losses, self._anchor, record.brought)
+        due = self._due(len(losses), reached, record)
+        if due is not None:
+            self.certify(due, losses, reached, 1.0)
+            self.record = record.again()
+            self.record.samples_in_loss = len(losses)
+            with self.hooks_set(True), self._nothing_left_of_errors():
+                self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
+                again = self.get_norm_sample()
+            self.record, self.per_sample_gradient_norms = record, norms
+            if not torch.allclose(again, norms.to(again), rtol=1e-2):
+                raise PrivacyValueError(
+                    "the first backward() was of other losses than the second is to be of: its norms are not those of "
+                    f"these losses. With loss_reduction={self.loss_reduction!r} call "
+                    f"losses.{self.loss_reduction}().backward(retain_graph=True) first, and (coef * "
+                    "losses).sum().backward() second"
+                )
+        self._losses_checked = True
+
+    def _see_gradient(self, param: Any, gradient: Tensor) -> None:
+        """Hook of each parameter: sees the gradients of a second pass that is written by hand."""
+        if self._second_pass is not None and not self.hooks_enabled:
+            self._second_pass[param] = gradient
+
+    def enable_hooks(self) -> None:
+        """Turns the taps on, and ends the second pass of a loop that is written by hand; see `get_clipping_coef`."""
+        super().enable_hooks()
+        collected, self._second_pass = self._second_pass, None
+        checked, self._losses_checked = self._losses_checked, False
+        if collected:
+            if not checked:
+                raise PrivacyValueError(
+                    "a second pass whose losses are not known: multiply the losses with what get_clipping_coef() returned, "
+                    "(coef * losses).sum().backward(), where both have the same shape, one value a sample"
+                )
+            self.check_accumulation()
+            self.add_to_clipped_sum((param, collected.get(param)) for param in self.trainable_parameters)
+            # What the two passes left; else the step would take it for a gradient that it is to leave out.
+            for param in self.trainable_parameters:
+                param.grad = None
+
+    def _open_record(self) -> Record:
+        before, record = self.record, super()._open_record()
+        if record is not before:
+            self._second_pass = None
+        return record

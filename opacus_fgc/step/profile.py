@@ -17,7 +17,7 @@ from opacus_fgc.planner import NormMethod
 from opacus_fgc.taps.tap import Use
 
 if TYPE_CHECKING:
-    from opacus_fgc.taps.model import Tapped
+    from opacus_fgc.taps.tapping import Tapped
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Hook:
@@ -31,6 +31,24 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         """What it is in a copy."""
         return _nothing, ()
+
+
+class GradientHook:
+    """A gradient hook on a parameter of a wrapped model, which sees gradients and leaves them as they are.
+
+    Args:
+        function: what is called with the parameter and its gradient.
+        param: the parameter.
+    """
+
+    __slots__ = ("_function", "_param")
+
+    def __init__(self, function: Callable[[Any, Tensor], None], param: Any) -> None:
+        self._function, self._param = function, param
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Calls the function."""
+        self._function(self._param, gradient)
 
 
 class Handles(list):

@@ -1,0 +1,61 @@
+"""Whether there is a clipped sum that a step can be made with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from opacus.optimizers.optimizer import _check_processed_flag
+from torch import Tensor
+
+from opacus_fgc.distributed.mesh import local
+from opacus_fgc.errors import PrivacyValueError
+from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
+
+
+def check_ready(module: GradSampleHooksFastGradientClipping, params: Sequence[Any], max_grad_norm: float) -> None:
+    """Raises a ValueError unless each parameter has a clipped sum that no step has used, and no other gradient.
+
+    Args:
+        module: the wrapped model.
+        params: the parameters of the optimizer.
+        max_grad_norm: the norm that the sum has to be clipped to.
+    """
+    module.clipped_sum.check_norm(max_grad_norm)
+    if not params:
+        raise ValueError("none of the optimizer's parameters is trainable, so this step would train nothing")
+    names = {param: name for name, param in module._module.named_parameters()}
+    missing = [
+        names.get(param, f"one of shape {tuple(param.shape)} that the model does not have")
+        for param in params
+        if getattr(param, "summed_grad", None) is None
+    ]
+    if missing:
+        raise PrivacyValueError(
+            f"parameters of the optimizer without a clipped gradient: {', '.join(missing)}. They came to it after the "
+            "model was wrapped, or were cleared; wrap model and optimizer anew"
+        )
+    for param in params:
+        _check_processed_flag(param.summed_grad)
+    plain = [names[param] for param, found in zip(params, _not_zero(params), strict=True) if found]
+    if plain:
+        raise PrivacyValueError(
+            f"not clipped is the gradient in p.grad of {', '.join(plain[:5])}{' and others' if len(plain) > 5 else ''}: "
+            "it comes of a plain backward(), or was written there, and step() would drop it. Call optimizer.zero_grad() "
+            "before backward() if it is not wanted. A gradient that is public (of public or generated data, or of a "
+            "penalty on weights) is added after the noise: compute it by torch.autograd.grad, outside of the private "
+            "step, and add it in a hook, optimizer.original_optimizer.register_step_pre_hook(lambda optimizer, args, "
+            "kwargs: ...), to p.grad"
+        )
+
+
+def _not_zero(params: Iterable[Any]) -> list[bool]:
+    """For each parameter whether it has a gradient that is not zero."""
+    flags = [torch.tensor(False, device="cpu") if param.grad is None else _any(local(param.grad)) for param in params]
+    device = next((flag.device for flag in flags if flag.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([flag.to(device) for flag in flags]).tolist()
+
+
+def _any(gradient: Tensor) -> Tensor:
+    return (gradient if gradient.layout == torch.strided else gradient.coalesce().values()).any()

@@ -1,0 +1,243 @@
+"""The state of one step: which uses of which layers were seen, the norms that came of them, and what is kept for the sum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_fgc.certificates.ownership import PADDING, TOKENS
+from opacus_fgc.distributed.mesh import local
+from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
+from opacus_fgc.per_sample import Measured, PerSampleGradient, add
+from opacus_fgc.per_sample.precision import full_precision, is_half, widened
+from opacus_fgc.planner import KeepBudget, Room
+from opacus_fgc.step.uses import Step, Uses
+from opacus_fgc.taps.tap import Interleave, Use
+
+
+class Record:
+    """Born at a step's first forward, gone at the next one's.
+
+    A layer's uses are held until all of this step's forward have come back in backward, since the norm of a sum is not the
+    sum of norms. Uses that the loss does not depend on never come; `unfinished` gives what is there.
+
+    Args:
+        loss_reduction: how the loss of the pass that brings the backprops is reduced over the batch, "mean" or "sum".
+
+    Attributes:
+        loss_scale: what the losses were multiplied with for this pass.
+        budget: what may be kept for `weighted_sum`.
+        batch_size: number of samples, None before the first backprop.
+        batch_size_seen: number of samples that the model was called on, as its inputs show it; None where they do not.
+        samples_in_loss: number of samples that there is a loss of; None where the losses are not known.
+        inputs: what `distributed.agreement.fingerprint` gave for what the model was called on, added up over its calls.
+        marks: by parameter, numbers that tell what its layer was called on, likewise.
+        orders: indices that sort the samples of packed sequences, or put them back.
+        changed_buffers: the names of buffers that forward changed.
+        interleave: makes one batch of several uses.
+        unkept: the parameters that were measured, and of which nothing was kept.
+        samples: a mask of the samples that take part in `weighted_sum`, shape ``(N,)``; None if all do.
+        step: what makes backprops that come to this record known as seen; None if they may come any number of times.
+        brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
+        in_half: whether a layer computed in half precision, or under autocast.
+        looking: whether activations are searched for inf and NaN.
+        first_not_finite: the first layer, in the order of forward, in whose activations there was one.
+    """
+
+    def __init__(self, loss_reduction: str) -> None:
+        self.loss_reduction = loss_reduction
+        self.loss_scale = 1.0
+        self.budget = KeepBudget()
+        self.batch_size: int | None = None
+        self.batch_size_seen: int | None = None
+        self.samples_in_loss: int | None = None
+        self.inputs: Tensor | None = None
+        self.marks: dict[Any, Tensor] = {}
+        self.orders: list[Tensor] = []
+        self.changed_buffers: set[str] = set()
+        self.interleave = Interleave()
+        self.unkept: list[Any] = []
+        self.samples: Tensor | None = None
+        self.step: Step | None = None
+        self.brought: dict[Tensor, bool] = {}
+        self.in_half = False
+        self.looking = False
+        self.first_not_finite = ""
+        self.uses = Uses()
+        self._forms: dict[Any, list[PerSampleGradient]] = {}
+        self._norms: dict[Any, Tensor] = {}
+        self._kept: dict[Any, PerSampleGradient] = {}
+        self._sums: dict[Any, Tensor] = {}
+        self._summed: set[Any] | None = None
+        self._coef: Tensor | None = None
+
+    def again(self) -> Record:
+        """A record of one more backward pass of the same forward."""
+        other = Record(self.loss_reduction)
+        other.loss_scale = self.loss_scale
+        other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
+        other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
+        other.uses.expected, other.step, other.brought = self.uses.expected, self.step, self.brought
+        return other
+
+    def summing(self, params: Iterable[Any], coef: Tensor | None) -> Record:
+        """A record of one more backward pass of the same forward, which gives this one what `weighted_sum` is made of.
+
+        Args:
+            params: the parameters whose sums are wanted.
+            coef: the coefficients, by which gradients are summed as they come, shape ``(N,)``; None to keep their forms.
+        """
+        other = self.again()
+        other._summed, other._coef = set(params), coef
+        other._kept, other._sums, other.samples = self._kept, self._sums, self.samples
+        other.batch_size = self.batch_size
+        return other
+
+    def wants(self, params: Iterable[Any]) -> bool:
+        """Whether anything is to be computed of one of these parameters."""
+        return self._summed is None or not self._summed.isdisjoint(params)
+
+    @property
+    def receiving(self) -> bool:
+        """Whether backward has begun."""
+        return self.batch_size is not None or self.uses.some_came
+
+    def receive(self, forms: Mapping[Any, PerSampleGradient], uses: Sequence[Use]) -> dict[Any, Measured]:
+        """Takes in the per-sample gradients of a layer's uses.
+
+        Args:
+            forms: the forms of its parameters.
+            uses: the uses that they are of.
+
+        Returns:
+            What was measured of those parameters that are complete with it; a tied one waits for its other layers.
+
+        Raises:
+            ValueError: if the layer saw another number of samples than the layers before it.
+            RuntimeError: if a parameter's norm was taken already.
+        """
+        complete: dict[Any, Measured | None] = {}
+        self.in_half = self.in_half or _in_half(forms, uses)
+        held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
+        held += sum(local(param).numel() for param in forms)
+        room = self.budget.room(held, len(uses), spared=not self.unkept)
+        for param, form in forms.items():
+            form = _by_sample(form, self.batch_size_seen if self.samples_in_loss is None else self.samples_in_loss)
+            if self.batch_size is None:
+                self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
+            if form.batch_size != self.batch_size:
+                raise _size_error(form.batch_size, self.batch_size)
+            if param in self._norms:
+                raise PrivacyRuntimeError(
+                    "a use of its parameter came back after the parameter's norm was taken. Do not mix the "
+                    "graphs of several forwards with a backward between them in one loss"
+                )
+            owners = self.uses.owners(param)
+            if owners == 1:
+                complete[param] = self._measure(param, form, room)
+                continue
+            received = self._forms.setdefault(param, [])
+            received.append(form)
+            if len(received) == owners:
+                complete[param] = self._measure(param, add(self._forms.pop(param)), room)
+        return {param: measured for param, measured in complete.items() if measured is not None}
+
+    def norms(self, params: Iterable[Tensor]) -> dict[Any, Tensor]:
+        """The norms of the per-sample gradients of these parameters; 0 for a parameter that the loss does not use.
+
+        Returns:
+            For each parameter a tensor of shape ``(N,)``, float32 or wider.
+
+        Raises:
+            RuntimeError: if no layer has sent anything.
+        """
+        if self.batch_size is None:
+            raise RuntimeError(
+                "no per-sample norms: the loss does not depend on any trainable layer of the wrapped model, or hooks were "
+                "disabled during forward"
+            )
+        while self._forms:
+            param, forms = self._forms.popitem()
+            with full_precision(param.device):
+                self._measure(param, add(forms), Room(everything=self.budget.keep.everything))
+        missing = [param for param in params if param not in self._norms]
+        for param in missing:
+            dtype = widened(param.dtype).to_real()
+            self._norms[param] = torch.zeros(self.batch_size, dtype=dtype, device=param.device)
+        return self._norms
+
+    def measured(self) -> Iterable[tuple[Any, Tensor]]:
+        """Each parameter and its norms, in the order in which backward came to them."""
+        return self._norms.items()
+
+    def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured | None:
+        if self._summed is not None:
+            if param in self._summed:
+                self._take(param, form)
+            return None
+        measured = form.measured(room)
+        factor = (len(measured.norm) if self.loss_reduction == "mean" else 1) / self.loss_scale
+        if factor != 1:
+            measured = measured._replace(norm=measured.norm * factor)
+        self._norms[param] = measured.norm
+        if measured.kept is None:
+            self.unkept.append(param)
+        else:
+            self._kept[param] = measured.kept
+            if not room.everything:
+                self.budget.spend(measured.kept.elements)
+        return measured
+
+    def _take(self, param: Any, form: PerSampleGradient) -> None:
+        if self._coef is None:
+            self._kept[param] = form
+        else:
+            self._sums[param] = self._weigh(param, form, self._coef)
+
+    def weighted_sum(self, param: Any, coef: Tensor) -> Tensor | None:
+        """``sum_n coef[n] * gradient[n]`` from the kept form of a parameter, which is given up; None if there is none.
+
+        Args:
+            param: the parameter.
+            coef: shape ``(N,)``.
+
+        Returns:
+            The sum, of the parameter's dtype, or float32 where that is half precision.
+        """
+        if param in self._sums:
+            return self._sums.pop(param)
+        form = self._kept.pop(param, None)
+        return None if form is None else self._weigh(param, form, coef)
+
+    def _weigh(self, param: Any, form: PerSampleGradient, coef: Tensor) -> Tensor:
+        if self.samples is not None:
+            coef, form = coef[self.samples], form.select(self.samples.to(param.device))
+        with full_precision(param.device):
+            weighted_sum = form.weighted_sum(coef.to(param.device))
+        return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(widened(param.dtype))
+
+
+def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:
+    for use in uses:
+        if use.call.autocast[0] or any(map(is_half, use.backprops)):
+            return True
+    return any(map(is_half, params))
+
+
+def _by_sample(form: PerSampleGradient, size: int | None) -> PerSampleGradient:
+    """Adds up the rows of a sample, where there are several: tokens that were made one axis with the batch, say."""
+    if not size or form.batch_size <= size or form.batch_size % size:
+        return form
+    return form.sum_over_uses(form.batch_size // size)
+
+
+def _size_error(rows: int, samples: int) -> PrivacyValueError:
+    return PrivacyValueError(
+        f"it was called on {rows} rows for {samples} samples. Every layer with "
+        f"trainable parameters needs one row a sample, or as many for each, sample by sample. {TOKENS}. "
+        f"{PADDING}. Inputs that the batch shares, expand (`x.expand(batch_size, ...)`); and check "
+        "batch_first"
+    )

@@ -1,0 +1,64 @@
+"""Which modules of a model are tapped, and in which way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
+from opacus.layers.dp_rnn import DPRNNBase
+from opacus.utils.module_utils import has_trainable_params
+from torch import Tensor, nn
+
+from opacus_fgc.argument_checks import refuse_overlap
+from opacus_fgc.taps.functorch import Functorch
+from opacus_fgc.taps.lookup import (
+    ByOperation,
+    Registered,
+    Sampler,
+    find_sampler,
+)
+
+
+class Assignment(OpacusHooks):
+    """Assigns a sampler to each module with trainable parameters of its own."""
+
+    # Ways that take the place of what a table says, where that does not catch all uses of a parameter.
+    _overruled: dict[nn.Module, Sampler | ByOperation]
+
+    def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules that are tapped: all with trainable parameters of their own, but for those inside a functorch layer."""
+        seen, todo = set(), [module]
+        while todo:
+            layer = todo.pop()
+            if layer in seen:
+                continue
+            seen.add(layer)
+            # Opacus' recurrent layers show their cells' parameters as their own.
+            if has_trainable_params(layer) and not isinstance(layer, DPRNNBase):
+                yield layer
+                if self._sampler(layer).covers_children:
+                    continue
+            todo.extend(layer.children())
+
+    def _sampler(self, layer: nn.Module) -> Sampler | ByOperation:
+        return Functorch() if self.force_functorch else self._overruled.get(layer) or find_sampler(layer)
+
+    def _agree(self, model: nn.Module) -> None:
+        """Has all layers of a parameter tapped in ways that do not see each other's uses."""
+        before = None
+        while before != len(self._overruled):
+            before = len(self._overruled)
+            layers = list(self.iterate_submodules(model))
+            by_operation = _params_of(layer for layer in layers if isinstance(self._sampler(layer), ByOperation))
+            as_a_whole = _params_of(layer for layer in layers if isinstance(self._sampler(layer), Functorch))
+            for layer in layers:
+                own, sampler = _params_of([layer]), self._sampler(layer)
+                if isinstance(sampler, ByOperation) and own & as_a_whole:
+                    self._overruled[layer] = Functorch()
+                elif isinstance(sampler, Registered) and own & by_operation and not own & as_a_whole:
+                    self._overruled[layer] = ByOperation()
+        refuse_overlap(model, set(layers), {layer for layer in layers if self._sampler(layer).covers_children})
+
+
+def _params_of(layers: Iterable[nn.Module]) -> set[Tensor]:
+    return {param for layer in layers for param in layer.parameters(recurse=False) if param.requires_grad}

@@ -1,0 +1,251 @@
+"""What the hooks of a forward do: put a tap on what layers, and operations on parameters, return."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map_only
+
+from opacus_fgc.certificates.entrances import Entrance
+from opacus_fgc.certificates.observations import Observations
+from opacus_fgc.distributed.shards import Unsharded
+from opacus_fgc.distributed.topology import Layout
+from opacus_fgc.errors import PrivacyNotImplementedError, located
+from opacus_fgc.step.record import Record
+from opacus_fgc.taps.assignment import Assignment
+from opacus_fgc.taps.functorch import is_repeating
+from opacus_fgc.taps.graph import leaves_of
+from opacus_fgc.taps.lookup import (
+    Sampler,
+    batch_axis,
+    holds_only,
+)
+from opacus_fgc.taps.operation_samplers import Op, OpSampler
+from opacus_fgc.taps.operations import OpTaps
+from opacus_fgc.taps.shared import size_of
+from opacus_fgc.taps.tap import Call, Receiver, tap, tensors_in
+
+
+@dataclass(frozen=True, eq=False)
+class Tapped:
+    """A layer, or an operation, with a tap.
+
+    Attributes:
+        path: the layer's name in the model.
+        name: what to call it in errors.
+        type: what to call its type.
+        sampler: what computes its per-sample gradients.
+        params: the parameters that the sampler answers for, by name.
+        receive: what its taps hand their backprops to.
+    """
+
+    path: str
+    name: str
+    type: str
+    sampler: Sampler
+    params: Mapping[str, Any]
+    receive: Receiver
+
+
+@dataclass
+class Running:
+    """The forward that runs, if one does.
+
+    Attributes:
+        outermost: the module that was called from outside.
+        entrance: what it was called on.
+        seen: where a forward that is only looked at is noted.
+        noted: where the user's own is noted, as well.
+        samples: the samples of the first rows, in a cell on a packed sequence.
+    """
+
+    outermost: nn.Module | None = None
+    entrance: Entrance | None = None
+    seen: Observations | None = None
+    noted: Observations | None = None
+    samples: Tensor | None = None
+
+
+class Tapping(Assignment):
+    """Puts taps on outputs in forward, and notes what it was called on in the step's record."""
+
+    batch_first: bool
+    hooks_enabled: bool
+    loss_reduction: str
+    layout: Layout
+    record: Record | None = None
+    _ops: OpTaps
+    _unsharded: Unsharded
+    _anchor: Tensor
+    _layers: dict[nn.Module, Tapped]
+    _operations: dict[Any, Tapped]
+    _paths: dict[Any, str]
+    _every_module: Sequence[nn.Module]
+    _batch_second: Any
+    _running: Running
+
+    def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
+        raise NotImplementedError
+
+    @staticmethod
+    def _recomputing() -> bool:
+        # A forward that runs inside of a backward is activation checkpointing at work: a second look at the same use, which
+        # has to save what the first one saved, whichever pass it is.
+        return torch._C._current_graph_task_id() != -1
+
+    def _tapping(self) -> bool:
+        return torch.is_grad_enabled() and not is_repeating() and (self.hooks_enabled or self._recomputing())
+
+    def _open_record(self) -> Record:
+        """The record of the step whose forward runs; a new one if backward has been there."""
+        if self.record is None or self.record.receiving:
+            self.record = Record(self.loss_reduction)
+            for param in self.trainable_parameters:
+                param._norm_sample = None
+        return self.record
+
+    def capture_activations_hook(
+        self, module: nn.Module, forward_input: tuple[Any, ...], forward_kwargs: dict[str, Any], forward_output: Any
+    ) -> Any:
+        """Forward hook of each layer: returns its output with a tap on it.
+
+        Args:
+            module: the layer.
+            forward_input: its positional arguments.
+            forward_kwargs: its keyword arguments.
+            forward_output: what it returned.
+        """
+        if not self._tapping():
+            return forward_output
+        layer = self._layers[module]
+        # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
+        if not self._holds_its_own(module, layer):
+            return forward_output
+        if self._ops.active and layer.sampler.covers_children:
+            self._ops.leave_covered((forward_input, forward_kwargs), forward_output)
+        # What comes of parameters and constants alone is caught where it meets the data.
+        if self._ops.active and any(map(self._ops.is_shared, tensors_in(forward_output))):
+            return forward_output
+        batch_first = self.batch_first and module not in self._batch_second
+        axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
+        inside = self.record is not None and (self._running.outermost is not None or self._recomputing())
+        size = self.record.batch_size_seen if self.record is not None and inside else None
+        if size not in (None, 1) and self._running.samples is None and _has_one_row(forward_output, axis):
+            # An input that the batch shares, such as position ids: the layer has to see it once a sample.
+            self._check_shared((forward_input, forward_kwargs), size, axis, layer)
+            forward_input, forward_kwargs = _expanded((forward_input, forward_kwargs), size, axis)
+            forward_output = module.forward(*forward_input, **forward_kwargs)
+        return self._tap(
+            module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
+        )
+
+    def _check_shared(self, inputs: Any, size: int, axis: int, layer: Tapped) -> None:
+        """Raises an error if a single row is known to be no input that the batch shares."""
+        for tensor in tensors_in(inputs):
+            base = tensor._base
+            is_row = base is not None and not self._ops.is_shared(base) and size_of(base, axis) == size
+            if tensor.requires_grad or is_row:
+                raise PrivacyNotImplementedError(
+                    f"{layer.name}: it was called on a single row in a batch of {size} samples, and this row is one of the "
+                    "batch or has a gradient. If it belongs to one sample, as in a loop over the samples, call the layer once, "
+                    "on the rows of all samples. If it is a parameter of another layer (embedding.weight), make that a "
+                    "parameter of the module that uses it"
+                )
+
+    def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
+        if not layer.sampler.covers_children:
+            return holds_only(module, {name: self._unsharded.of(param) for name, param in layer.params.items()})
+        there = dict(module.named_parameters())
+        return all(there.get(name) is self._unsharded.of(param) for name, param in layer.params.items())
+
+    def _tap_operation(
+        self, output: Tensor, op: Op, sampler: OpSampler, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
+    ) -> Tensor:
+        params = [self._unsharded.parameter(leaf) for leaf in leaves_of(op.shared.values())]
+        key = (op.function.__name__, sampler.name, *map(id, params))
+        if key not in self._operations:
+            path, function = ", ".join(self._paths[param] for param in params), op.function.__name__
+            own = {self._paths[param]: param for param in params}
+            receive = partial(self._receive, key)
+            self._operations[key] = Tapped(
+                path, f"operation '{function}' on {path}", f"({function})", sampler, own, receive
+            )
+        return self._tap(key, self._operations[key], output, (args, kwargs), axis, lambda outputs, axis: op)
+
+    def _tap(
+        self,
+        key: Any,
+        layer: Tapped,
+        output: Any,
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        axis: int,
+        fingerprint: Callable[[list[Tensor], int], Any],
+    ) -> Any:
+        params = [param for param in layer.params.values() if param.requires_grad]
+        if not params:
+            return output
+        if self._running.seen is not None:
+            self._look_at(self._running.seen, key, layer, output, inputs, axis)
+            return output
+        entrance = self._running.entrance
+        if not self._recomputing():
+            if self._running.noted is not None:
+                self._look_at(self._running.noted, key, layer, output, inputs, axis)
+            self._open_record().uses.expect(key, params)
+            if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
+                entrance = Entrance(key, *inputs, self._every_module)
+        seen = list(map(self._unsharded.of, params))
+        try:
+            return tap(
+                output,
+                *inputs,
+                self._anchor,
+                seen,
+                layer.receive,
+                axis,
+                fingerprint,
+                self._running.samples,
+                key,
+                entrance,
+            )
+        except NotImplementedError as error:
+            raise located(error, layer.name)  # noqa: B904
+
+    def _look_at(
+        self, observations: Observations, key: Any, layer: Tapped, output: Any, inputs: Any, axis: int
+    ) -> None:
+        for value in tensors_in(inputs) or tensors_in(output):
+            observations.look_at(key, layer.name, value, [axis], self._running.samples)
+
+    def _tapped(self, key: Any) -> Tapped:
+        return self._layers[key] if isinstance(key, nn.Module) else self._operations[key]
+
+    def _begin_packed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""
+        if args and isinstance(args[0], PackedSequence):
+            data, sizes, samples, back = args[0]
+            if self.record is not None:
+                self.record.orders += [order for order in (samples, back) if order is not None]
+            self._running.samples = torch.arange(int(sizes[0]), device=data.device) if samples is None else samples
+
+    def _end_packed(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._running.samples = None
+
+
+def _has_one_row(output: Any, axis: int) -> bool:
+    return isinstance(output, Tensor) and size_of(output, axis) == 1
+
+
+def _expanded(inputs: Any, size: int, axis: int) -> Any:
+    def expand(tensor: Tensor) -> Tensor:
+        if size_of(tensor, axis) != 1:
+            return tensor
+        return tensor.expand(*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
+
+    return tree_map_only(Tensor, expand, inputs)

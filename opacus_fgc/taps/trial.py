@@ -1,0 +1,127 @@
+"""Trials: forwards on a few samples that show, before the first step, which parameters escape their taps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opacus_fgc.certificates.entrances import Entrance
+from opacus_fgc.certificates.model_state import restored
+from opacus_fgc.certificates.samples import some_samples, tensors_of
+from opacus_fgc.certificates.sketch import OUT_OF_MEMORY
+from opacus_fgc.step.record import Record
+from opacus_fgc.taps.functorch import Functorch
+from opacus_fgc.taps.graph import reached_by
+from opacus_fgc.taps.lookup import (
+    ByOperation,
+    Registered,
+)
+from opacus_fgc.taps.model import TRIAL, TappedModel
+
+_WAYS: tuple[Any, ...] = (None, ByOperation, Functorch)
+"""What is tried in turn, after a registered sampler, where a parameter escapes."""
+
+
+class TriedModel(TappedModel):
+    """A tapped model that has tried its taps before its first forward.
+
+    One forward of two samples shows whether something escapes them: a parameter that is used past its layer, or in a way that
+    cannot be caught. Then its module is tapped in another way.
+    """
+
+    def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
+        """Before the first forward: finds what escapes the taps, on two samples."""
+        if module in self._verified:
+            return
+        size = record.batch_size_seen
+        # All ranks are to run the same forwards, also those that have fewer samples than it takes.
+        most = self.layout.all_reduce_max([size or 0])[0]
+        some = some_samples(inputs, size, 0, 2, self._axis) if size is not None and most else inputs
+        # A model that has its batch size written into it takes but the whole batch.
+        if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
+            self._has_caught_all(module, inputs, size)
+        if most or size is None:
+            self._verified.add(module)
+        if some is not inputs:
+            self._try_other_sizes(module, inputs, size or 0)
+
+    def _try_other_sizes(self, module: nn.Module, inputs: Any, size: int) -> None:
+        """Runs other numbers of samples than two while it is not known which rows are samples."""
+        # Models often do nothing where there is but one.
+        for length in (1, 3):
+            if self.layout.on_all_ranks(not self._ops.undecided):
+                return
+            some = some_samples(inputs, size, 0, length, self._axis)
+            with self.undisturbed(module, some), suppress(Exception):
+                # What a model cannot do, or has no memory for, only leaves that unknown.
+                self._trial(module, some, length)
+
+    @contextmanager
+    def undisturbed(self, module: nn.Module, inputs: Any) -> Iterator[None]:
+        """A context for forwards of no consequence, after which random states, modes and the model's state are as before."""
+        args, kwargs = inputs
+        with Entrance(module, args, kwargs, self._every_module).again(keep=True), restored(self._module):
+            yield
+
+    def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
+        """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""
+        while True:
+            works, escaped = True, set[Any]()
+            with self.undisturbed(module, inputs):
+                try:
+                    output = self._trial(module, inputs, size)
+                except OUT_OF_MEMORY:
+                    raise
+                except Exception:
+                    works = False
+            if works:
+                outputs = [tensor for tensor in tensors_of(output) if not self._ops.is_shared(tensor)]
+                escaped = self._untapped(outputs, tensors_of(inputs))
+            if not self._catch(escaped):
+                return self.layout.on_all_ranks(works)
+
+    def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
+        """A forward that is not the user's own, of which the record keeps nothing."""
+        # One that is only looked at may run between a first pass and what comes of it.
+        record = self._open_record() if self._running.seen is None or self.record is None else self.record
+        kept, record.batch_size_seen = (record.uses.expected, record.batch_size_seen), size
+        self._running.outermost = TRIAL
+        self._ops.enter(size, trying=True)
+        args, kwargs = inputs
+        try:
+            # With all hooks, and not as it is compiled.
+            return module._call_impl(*args, **kwargs)
+        finally:
+            self._ops.leave()
+            self._running.outermost = None
+            record.uses.expected, record.batch_size_seen = kept
+            # Casts of weights that it made are older than the user's forward, and come too late in backward for FSDP.
+            torch.clear_autocast_cache()
+
+    def _catch(self, escaped: set[Any]) -> bool:
+        """Has modules whose parameters escaped the taps, on any rank, tapped in another way; says whether there are some."""
+        layers = list(self.iterate_submodules(self._module))
+        ways = self.layout.all_reduce_max([self._next_way(layer, escaped) for layer in layers])
+        changes = {layer: _WAYS[way] for layer, way in zip(layers, ways, strict=True) if way}
+        changes = {layer: way for layer, way in changes.items() if not isinstance(self._sampler(layer), way)}
+        if changes:
+            self._overruled.update((layer, way()) for layer, way in changes.items())
+            self._agree(self._module)
+            self.remove_hooks()
+            self.add_hooks()
+        return bool(changes)
+
+    def _next_way(self, layer: nn.Module, escaped: set[Any]) -> int:
+        """The place in `_WAYS` of the way in which a layer is to be tapped; 0 if it is to stay as it is."""
+        if not escaped.intersection(self._unsharded.named_parameters(layer, recurse=False).values()):
+            return 0
+        return 1 if isinstance(self._sampler(layer), Registered) else 2
+
+    def _untapped(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Any]:
+        """The parameters that something depends on past their taps; see `taps.graph.reached_by`."""
+        wanted = map(self._unsharded.of, self.trainable_parameters)
+        return set(map(self._unsharded.parameter, reached_by(outputs, wanted, inputs).past))
