@@ -166,6 +166,14 @@ def test_every_page_is_in_the_navigation() -> None:
         assert f": {page.name}\n" in navigation, page.name
 
 
+def test_files_of_the_architecture_are_there() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    files = [file for row in rows for file in re.findall(r"`(\w+(?:\.py|/))`", row)]
+    assert len(files) >= 15
+    for file in files:
+        assert (ROOT / "opacus_fgc" / file).exists(), file
+
+
 def test_reference_has_every_public_name() -> None:
     reference = (ROOT / "docs" / "api.md").read_text()
     for module in (opacus_fgc, per_sample):
