@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Tests run side by side, so one thread for each is enough.
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto
 
-.PHONY: bench bench-certificates bench-distributed demo distributed text test test-slow test-all lint type clean
+.PHONY: bench bench-certificates bench-distributed demo distributed docs text test test-slow test-all lint type clean
 
 demo: $(READY)  ## private training on real data
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -38,11 +38,14 @@ bench-certificates: $(READY)  ## what it costs to prove that samples have gradie
 bench-distributed: $(READY)  ## time, bytes sent and memory of a step over several processes, likewise
 	$(BIN)/python benchmarks/distributed.py $(ARGS)
 
+docs: $(TOX)  ## the documentation as a site, in site/
+	$(TOX) run -e docs -- site $(ARGS)
+
 lint type: $(TOX)
 	$(TOX) run -e $@
 
 clean:
-	rm -rf .tox .venv
+	rm -rf .tox .venv site
 
 $(TOX):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make PYTHON=python3.11 ...")'
