@@ -11,7 +11,7 @@ from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from opacus_fgc.argument_checks import check_loss_reduction, refuse_running_statistics
-from opacus_fgc.certificates.schedule import Schedule
+from opacus_fgc.certificates.schedule import Certification, Schedule
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS
 from opacus_fgc.per_sample import Dense
@@ -76,12 +76,12 @@ class GradSampleHooksFastGradientClipping(Copies, ByHand):
         if getattr(m, "autograd_grad_sample_hooks", None):
             raise ValueError("this model has hooks of Opacus already; call cleanup() on the object that set them first")
         self._nonfinite = NonFinitePolicy(nonfinite)
-        self.schedule = Schedule(certify)
+        self.certification = Certification(Schedule(certify))
         self.clipping = FlatClipping(max_grad_norm)
         if strict:
             refuse_running_statistics(m)
         self._prepare(m, force_functorch)
-        self.trained = TrainedParameters(m, self._unsharded)
+        self.trained = TrainedParameters(m, self._facts.unsharded)
         self.clipped_sum = ClippedSum()
         self._profile: Unwatched = UNWATCHED
         super().__init__(

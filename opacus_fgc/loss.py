@@ -99,7 +99,7 @@ class DPLossFastGradientClipping(OpacusLoss):
             reduction=self.loss_reduction,
             shape=shape,
             batch_first=self.module.batch_first,
-            due=self.module.schedule.is_due_at(self._calls),
+            due=self.module.certification.schedule.is_due_at(self._calls),
             aside=partial(self._aside, (args, kwargs)),
             model=self.module._module,
         )

@@ -123,7 +123,7 @@ class Preparation(Checkpoints):
         module, optimizer, criterion, data_loader = super().make_private(**given)
         criterion.clipped_backward = MODES[given["grad_sample_mode"]]
         criterion.module.nonfinite = nonfinite
-        criterion.module.schedule = schedule
+        criterion.module.certification.schedule = schedule
         layout, poisson = criterion.module.layout, given["poisson_sampling"]
         if layout.axes:
             check_copies(layout)

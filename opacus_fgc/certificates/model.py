@@ -18,6 +18,7 @@ from opacus_fgc.certificates.model_state import ModelState, restored
 from opacus_fgc.certificates.observations import Forward, Observations
 from opacus_fgc.certificates.ownership import Backprops, check_owners, draws_that_tell, weights
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
+from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.certificates.sketch import forget_weights
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.graph import Reached
@@ -44,9 +45,7 @@ class Due(NamedTuple):
 class CertifiedModel(TriedModel):
     """A tapped model that proves of a backward pass what its norms rely on; see `certificates`."""
 
-    _witness: Backprops | None = None
-    _certifying = False
-    _choices: random.Random | None = None
+    certification: Certification
 
     def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
         raise NotImplementedError
@@ -60,7 +59,10 @@ class CertifiedModel(TriedModel):
             record: the state of the step.
         """
         structure = self._structure(size, reached, record)
-        is_due, is_new = self.schedule.is_due(size, structure), self.schedule.is_new(structure)
+        is_due, is_new = (
+            self.certification.schedule.is_due(size, structure),
+            self.certification.schedule.is_new(structure),
+        )
         due, new, draws = self.layout.all_reduce_max([is_due, is_new, draws_that_tell(size) if is_new else 1])
         return Due(size, structure, bool(new), draws) if due else None
 
@@ -71,11 +73,11 @@ class CertifiedModel(TriedModel):
         Args:
             certifying: whether nothing else is to come of it.
         """
-        self._witness, self._certifying = Backprops(), certifying
+        self.certification.witness, self.certification.certifying = Backprops(), certifying
         try:
-            yield self._witness
+            yield self.certification.witness
         finally:
-            self._witness, self._certifying = None, False
+            self.certification.witness, self.certification.certifying = None, False
 
     def certify(
         self, due: Due, loss_per_sample: Tensor, reached: Reached, loss_scale: float, plain: Backprops | None = None
@@ -92,12 +94,14 @@ class CertifiedModel(TriedModel):
         Raises:
             NotImplementedError: if they do not, or it cannot be told.
         """
-        if self._choices is None:
+        if self.certification.choices is None:
             # Ranks that work on the same samples have to choose the same ones.
             seed = secrets.token_bytes(16)
-            self._choices = random.Random(self.layout.common(seed) if self.layout.forward_communicates else seed)
+            self.certification.choices = random.Random(
+                self.layout.common(seed) if self.layout.forward_communicates else seed
+            )
 
-        size, choices = due.size, self._choices
+        size, choices = due.size, self.certification.choices
 
         def backward(weights: Tensor) -> Backprops:
             with self._witnessed(certifying=True) as backprops:
@@ -127,7 +131,7 @@ class CertifiedModel(TriedModel):
                     entrance.forward if entrance.forward is not None and entrance.forward.size == size else None,
                 )
         forget_weights()
-        self.schedule.made(size, due.structure)
+        self.certification.schedule.made(size, due.structure)
 
     def _structure(self, size: int, reached: Reached, record: Record) -> Hashable:
         """What is equal for passes that one certificate is for."""
@@ -146,11 +150,11 @@ class CertifiedModel(TriedModel):
         return describe(paths[entrance.module], entrance.module)
 
     def _replacements(self, entrance: Entrance, size: int, signs: Sequence[int]) -> list[list[Replacement]]:
-        assert self._choices is not None
-        shared = self._shared_inputs.setdefault(entrance.module, set())
+        assert self.certification.choices is not None
+        shared = self._facts.shared_inputs.setdefault(entrance.module, set())
         # On other devices an index out of range is an error that nothing recovers from.
         enlarge = all(tensor.device.type == "cpu" for tensor in tensors_of(entrance.inputs))
-        return replacements(size, 0 if self.batch_first else 1, shared, self._choices, enlarge, signs)
+        return replacements(size, 0 if self.batch_first else 1, shared, self.certification.choices, enlarge, signs)
 
     def _run_again(
         self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 # When
+from opacus_fgc.certificates.ownership import Backprops
 
 
 @dataclass
@@ -71,3 +73,20 @@ class Schedule:
             # A batch of one says nothing of how samples touch each other.
             self._largest = max(self._largest, size)
             self._certified.add(structure)
+
+
+@dataclass
+class Certification:
+    """What a model does about certificates.
+
+    Attributes:
+        schedule: when they are made.
+        witness: what the taps are shown in a backward pass, if it is looked at.
+        certifying: whether that pass is of no other consequence.
+        choices: chooses weights of losses, and samples that are replaced.
+    """
+
+    schedule: Schedule
+    witness: Backprops | None = None
+    certifying: bool = False
+    choices: random.Random | None = None

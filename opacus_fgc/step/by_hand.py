@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -57,13 +58,24 @@ class ClippingCoefficients(Tensor):
             return cls.of(result, own.check)
 
 
+@dataclass
+class SecondPass:
+    """A second pass that is to come, or came.
+
+    Attributes:
+        gradients: what it gave, by parameter.
+        losses_checked: whether its losses are known to be those of the first pass.
+    """
+
+    gradients: dict[Any, Tensor] = field(default_factory=dict)
+    losses_checked: bool = False
+
+
 class ByHand(WeightedPass):
     """A model whose user makes both passes: `get_clipping_coef` lies between them, `enable_hooks` ends the second."""
 
     clipping: FlatClipping
-    # The gradients of the second pass by parameter; None where there is none to come.
-    _second_pass: dict[Any, Tensor] | None = None
-    _losses_checked = False
+    _second_pass: SecondPass | None = None
 
     def get_clipping_coef(self) -> Tensor:
         """The factor that clips each sample's gradient to ``max_grad_norm``, shape ``(N,)``.
@@ -88,7 +100,7 @@ class ByHand(WeightedPass):
                 "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
                 "DPLossFastGradientClipping; or train in float32"
             )
-        self._second_pass = {}
+        self._second_pass = SecondPass()
         return ClippingCoefficients.of(coef, self._check_by_hand)
 
     def _check_by_hand(self, losses: Tensor) -> None:
@@ -101,7 +113,7 @@ class ByHand(WeightedPass):
             raise PrivacyRuntimeError(
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )
-        reached = self.trained.check(losses, self._anchor, record.brought)
+        reached = self.trained.check(losses, self._facts.anchor, record.brought)
         due = self._due(len(losses), reached, record)
         if due is not None:
             self.certify(due, losses, reached, 1.0)
@@ -118,26 +130,25 @@ class ByHand(WeightedPass):
                     f"losses.{self.loss_reduction}().backward(retain_graph=True) first, and (coef * "
                     "losses).sum().backward() second"
                 )
-        self._losses_checked = True
+        self._second_pass.losses_checked = True
 
     def _see_gradient(self, param: Any, gradient: Tensor) -> None:
         """Hook of each parameter: sees the gradients of a second pass that is written by hand."""
         if self._second_pass is not None and not self.hooks_enabled:
-            self._second_pass[param] = gradient
+            self._second_pass.gradients[param] = gradient
 
     def enable_hooks(self) -> None:
         """Turns the taps on, and ends the second pass of a loop that is written by hand; see `get_clipping_coef`."""
         super().enable_hooks()
-        collected, self._second_pass = self._second_pass, None
-        checked, self._losses_checked = self._losses_checked, False
-        if collected:
-            if not checked:
+        second, self._second_pass = self._second_pass, None
+        if second is not None and second.gradients:
+            if not second.losses_checked:
                 raise PrivacyValueError(
                     "a second pass whose losses are not known: multiply the losses with what get_clipping_coef() returned, "
                     "(coef * losses).sum().backward(), where both have the same shape, one value a sample"
                 )
             self.check_accumulation()
-            self.add_to_clipped_sum((param, collected.get(param)) for param in self.trainable_parameters)
+            self.add_to_clipped_sum((param, second.gradients.get(param)) for param in self.trainable_parameters)
             # What the two passes left; else the step would take it for a gradient that it is to leave out.
             for param in self.trainable_parameters:
                 param.grad = None

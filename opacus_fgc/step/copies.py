@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from opacus_fgc.certificates.schedule import Schedule
+from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.step.nonfinite import NonFinitePolicy
 
 
@@ -16,7 +16,7 @@ class Copies:
 
     _module: nn.Module
     _nonfinite: NonFinitePolicy
-    schedule: Schedule
+    certification: Certification
 
     def __getstate__(self) -> dict[str, Any]:
         """What a file has of it: the model, and what it was made with; nothing of a step, which is private."""
@@ -58,7 +58,7 @@ class Copies:
         }
         if isinstance(self, nn.Module):
             own["training"] = self.training
-        given = {**{name: getattr(self, name) for name in arguments}, "certify": self.schedule.how}
+        given = {**{name: getattr(self, name) for name in arguments}, "certify": self.certification.schedule.how}
         return {"model": model, "arguments": given, "own": own}
 
     def _with_private_attributes(self) -> list[Any]:

@@ -30,9 +30,9 @@ class LayerNorms(CertifiedModel):
     _profile: Unwatched
 
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
-        if self._witness is not None:
-            self._witness.see(call, backprops)
-        if self._certifying:
+        if self.certification.witness is not None:
+            self.certification.witness.see(call, backprops)
+        if self.certification.certifying:
             return
         # The private loss of another model may come through this one, such as that of a generator through its discriminator.
         if self.hooks_enabled and _passing in (None, self):
@@ -86,7 +86,9 @@ class LayerNorms(CertifiedModel):
         self._profile.lap()
         try:
             with full_precision(uses[0].backprops[0].device):
-                seen = view(module, uses, {name: self._unsharded.of(param) for name, param in layer.params.items()})
+                seen = view(
+                    module, uses, {name: self._facts.unsharded.of(param) for name, param in layer.params.items()}
+                )
                 uses = seen.uses
                 self._mark(layer, uses)
                 measured = self.record.receive(self._forms(seen, layer), uses)

@@ -95,7 +95,9 @@ class NormPass(LayerNorms):
             ValueError: if the loss has not one value for each sample that the layers saw, or depends on a trainable
                 parameter past its layer.
         """
-        reached = self.trained.check(loss_per_sample, self._anchor, {} if self.record is None else self.record.brought)
+        reached = self.trained.check(
+            loss_per_sample, self._facts.anchor, {} if self.record is None else self.record.brought
+        )
         self.check_accumulation()
         if self.record is not None and self.record.receiving:
             # Another loss came by the same forward.
@@ -128,7 +130,7 @@ class NormPass(LayerNorms):
 
     def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
         with pass_of(self):
-            torch.autograd.grad(loss, self._anchor, retain_graph=retain_graph, allow_unused=True)
+            torch.autograd.grad(loss, self._facts.anchor, retain_graph=retain_graph, allow_unused=True)
 
     def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: KeepPolicy, retain_graph: bool) -> None:
         record.loss_reduction, record.budget = "sum", KeepBudget(keep)

@@ -62,7 +62,7 @@ class WeightedPass(NormPass):
         if rest:
             with self.hooks_set(False), pass_of(self):
                 weighted = self.record.loss_scale * (coef.to(loss_per_sample.device) * loss_per_sample).sum()
-                gradients = gradients_of(self.layout, weighted, rest, self._unsharded.of, retain_graph)
+                gradients = gradients_of(self.layout, weighted, rest, self._facts.unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._profile.second_pass(rest)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from opacus.layers.dp_rnn import DPRNNBase
 from torch import Tensor, nn
 
@@ -16,23 +15,22 @@ from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.model_state import ModelState
 from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.certificates.samples import batch_size, tensors_of
-from opacus_fgc.certificates.schedule import Schedule
+from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.distributed.agreement import fingerprint
 from opacus_fgc.distributed.shards import Unsharded
 from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.step.record import Record
+from opacus_fgc.taps.assignment import Facts
 from opacus_fgc.taps.compiled import KeptBuffers
 from opacus_fgc.taps.constants import constants_of
-from opacus_fgc.taps.expansion import Expansion
 from opacus_fgc.taps.graph import brought_by
 from opacus_fgc.taps.hooks import GradientHook, Handles, Hook, clear_copied
 from opacus_fgc.taps.lookup import (
     ByOperation,
-    Sampler,
     with_batch_second,
 )
 from opacus_fgc.taps.operations import OpTaps
-from opacus_fgc.taps.tapping import Running, Tapped, Tapping
+from opacus_fgc.taps.tapping import Running, Tapped, Tapping, Taps
 
 TRIAL = nn.Module()
 """What is outermost in a forward that is not the user's own."""
@@ -44,26 +42,24 @@ class TappedModel(Tapping):
     Layers with a norm sampler are tapped as a whole. In all other modules the operations on their parameters are; see `OpTaps`.
     """
 
-    schedule: Schedule
+    certification: Certification
 
     def _prepare(self, model: nn.Module, force_functorch: bool) -> None:
         """Sets what `add_hooks` needs; raises if the model cannot be tapped."""
         clear_copied(model)
         refuse_hidden_parameters(model)
         self.force_functorch = force_functorch
-        self._overruled: dict[nn.Module, Sampler | ByOperation] = {}
-        self._operations: dict[Any, Tapped] = {}
-        self._anchor = torch.zeros((), device="cpu", requires_grad=True)
         self._running = Running()
-        self._verified: set[nn.Module] = set()
-        self._shared_inputs: dict[nn.Module, set[str]] = {}
-        self._buffers_before = Buffers(model)
-        self._expansions: dict[Any, Expansion] = {}
-        self._constants = constants_of(model)
-        self._batch_second = with_batch_second(model)
-        self.layout = Layout(model).prepare()
-        self._unsharded = Unsharded(
-            model, lambda param, seen: self._ops.add(param, seen), lambda tensor: self._ops.is_shared(tensor)
+        self._facts = Facts(
+            layout=Layout(model).prepare(),
+            unsharded=Unsharded(
+                model,
+                lambda param, seen: self._taps.ops.add(param, seen),
+                lambda tensor: self._taps.ops.is_shared(tensor),
+            ),
+            constants=constants_of(model),
+            batch_second=with_batch_second(model),
+            buffers_before=Buffers(model),
         )
         self._agree(model)
 
@@ -74,7 +70,7 @@ class TappedModel(Tapping):
 
     def _look_for_compiled(self) -> None:
         """Puts the hooks on anew if a part of the model was compiled since."""
-        if not self._compiled and self._is_compiled():
+        if not self._taps.compiled and self._is_compiled():
             self.remove_hooks()
             self.add_hooks()
 
@@ -83,78 +79,70 @@ class TappedModel(Tapping):
     ) -> None:
         """Puts the hooks on the model; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
         handles: list[Any] = Handles()
-        compiled = self._compiled = self._is_compiled()
+        compiled, every_module = self._is_compiled(), tuple(self._module.modules())
         if compiled:
             handles.append(KeptBuffers())
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = handles
-        self._layers: dict[nn.Module, Tapped] = {}
+        layers: dict[nn.Module, Tapped] = {}
         paths = {layer: path for path, layer in self._module.named_modules()}
         entrances: set[nn.Module] = {self._module}
         watched: set[Tensor] = set()
         for layer in self.iterate_submodules(self._module):
             sampler = self._sampler(layer)
-            params = self._unsharded.named_parameters(layer, recurse=sampler.covers_children)
+            params = self._facts.unsharded.named_parameters(layer, recurse=sampler.covers_children)
             if isinstance(sampler, ByOperation):
                 entrances.add(layer)
                 watched.update(param for param in params.values() if param.requires_grad)
                 continue
             name = describe(paths[layer], layer)
             receive = partial(self._receive, layer)
-            self._layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
-        self._every_module: Sequence[nn.Module] = tuple(self._module.modules())
+            layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
         if not compiled:
             # Whatever has layers in it may be called from outside. (Parts of a compiled module are not.)
-            entrances.update(self._containers())
+            entrances.update(_containers(layers, every_module))
         # Torch's attention uses a child's weight, which a checkpoint that starts in between has to find watched.
-        entrances.update(module for module in self._module.modules() if isinstance(module, nn.MultiheadAttention))
+        entrances.update(module for module in every_module if isinstance(module, nn.MultiheadAttention))
         # Before `_enter` in this list, so after it in a call: it may run the model on its own.
-        handles += self._unsharded.watch()
+        handles += self._facts.unsharded.watch()
         for module in entrances:
             handles.append(module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True))
-        for layer in self._layers:
+        for layer in layers:
             # First of all hooks, so that the tap sees what the layer itself returned.
             handles.append(
                 layer.register_forward_hook(Hook(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
-        named = self._unsharded.named_parameters(self._module)
+        named = self._facts.unsharded.named_parameters(self._module)
         # As they are between two forwards.
-        every, self._paths = named.values(), {param: path for path, param in named.items()}
-        others = {*every, *self._module.buffers()} - watched
+        names = {param: path for path, param in named.items()}
+        others = {*names, *self._module.buffers()} - watched
         covered = [
             param
-            for layer in self._layers.values()
+            for layer in layers.values()
             if layer.sampler.covers_children
             for param in layer.params.values()
             if param.requires_grad
         ]
-        self._ops = OpTaps(
+        ops = OpTaps(
             watched,
             others,
-            self._constants,
+            self._facts.constants,
             covered,
             self._tap_operation,
             self.batch_first,
-            self._expansions,
+            self._facts.expansions,
             compiled,
         )
-        for module in self._module.modules():
+        self._taps = Taps(ops, layers, names, every_module, compiled)
+        for module in every_module:
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(Hook(self._begin_packed)))
                 handles.append(module.register_forward_hook(Hook(self._end_packed), always_call=True))
-        for param in every:
-            self._ops.add(param, self._unsharded.of(param))
+        for param in names:
+            ops.add(param, self._facts.unsharded.of(param))
             if param.requires_grad:
                 handles.append(param.register_hook(GradientHook(self._see_gradient, param)))
         self.enable_hooks()
-
-    def _containers(self) -> Iterator[nn.Module]:
-        """The modules with trainable parameters in them that have no tap, and are in nothing that has one for all of it."""
-        whole = [layer for layer, tapped in self._layers.items() if tapped.sampler.covers_children]
-        inside = {module for layer in whole for module in layer.modules()}
-        for module in self._every_module:
-            if module not in self._layers and module not in inside and has_trainable_params_within(module):
-                yield module
 
     def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
         raise NotImplementedError
@@ -171,36 +159,36 @@ class TappedModel(Tapping):
         if module is self._module:
             self._look_for_compiled()
             # After an interrupt nobody has come to `_leave`.
-            self._ops.leave()
+            self._taps.ops.leave()
             self._running.outermost = None
         if self._running.outermost is not None or not self._tapping():
             return
         record = self._open_record() if self.record is None or not self._recomputing() else self.record
         if not self._recomputing():
             record.batch_size_seen = batch_size((args, kwargs), self._axis)
-            is_first = module not in self._verified
-            state = ModelState(self._module) if is_first or self.schedule.is_expected else None
+            is_first = module not in self._facts.verified
+            state = ModelState(self._module) if is_first or self.certification.schedule.is_expected else None
             self._verify(record, module, (args, kwargs))
             record.brought.update(brought_by(tensors_of((args, kwargs))))
             inputs = fingerprint(self.layout, (args, kwargs))
             record.inputs = inputs if inputs is None or record.inputs is None else record.inputs + inputs
-            self._running.entrance = Entrance(module, args, kwargs, self._every_module, state)
+            self._running.entrance = Entrance(module, args, kwargs, self._taps.every_module, state)
             self._running.noted = None if state is None else Observations(record.batch_size_seen or 0)
         self._running.outermost = module
-        if self._buffers_before.changed(self._module):
-            self._buffers_before = Buffers(self._module)
-        if self._operations or self._ops.params:
-            self._ops.enter(record.batch_size_seen)
+        if self._facts.buffers_before.changed(self._module):
+            self._facts.buffers_before = Buffers(self._module)
+        if self._facts.operations or self._taps.ops.params:
+            self._taps.ops.enter(record.batch_size_seen)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook of the same, called also when the forward failed."""
         if self._running.outermost is module:
-            self._ops.leave()
+            self._taps.ops.leave()
             if self._running.noted is not None and self._running.entrance is not None and output is not None:
                 self._running.entrance.forward = self._running.noted.of(tensors_of(output), self._module)
             self._running.outermost = self._running.entrance = self._running.noted = None
             if self.record is not None:
-                self.record.changed_buffers |= self._buffers_before.changed(self._module)
+                self.record.changed_buffers |= self._facts.buffers_before.changed(self._module)
 
     @property
     def _axis(self) -> int:
@@ -210,3 +198,12 @@ class TappedModel(Tapping):
 def has_trainable_params_within(module: nn.Module) -> bool:
     """Whether something in a module, or in one of its children, is trained."""
     return any(param.requires_grad for param in module.parameters())
+
+
+def _containers(layers: Mapping[nn.Module, Tapped], every_module: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules with trainable parameters in them that have no tap, and are in nothing that has one for all of it."""
+    whole = [layer for layer, tapped in layers.items() if tapped.sampler.covers_children]
+    inside = {module for layer in whole for module in layer.modules()}
+    for module in every_module:
+        if module not in layers and module not in inside and has_trainable_params_within(module):
+            yield module

@@ -14,8 +14,6 @@ from torch.utils._pytree import tree_map_only
 
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.observations import Observations
-from opacus_fgc.distributed.shards import Unsharded
-from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.errors import PrivacyNotImplementedError, located
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
@@ -54,6 +52,25 @@ class Tapped:
 
 
 @dataclass
+class Taps:
+    """What is tapped of a model, as its hooks were put on last.
+
+    Attributes:
+        ops: the taps on operations.
+        layers: the layers that have a tap.
+        paths: the names of parameters, as they are between two forwards.
+        every_module: the modules of the model.
+        compiled: whether a part of it is compiled.
+    """
+
+    ops: OpTaps
+    layers: dict[nn.Module, Tapped]
+    paths: dict[Any, str]
+    every_module: Sequence[nn.Module]
+    compiled: bool
+
+
+@dataclass
 class Running:
     """The forward that runs, if one does.
 
@@ -78,16 +95,8 @@ class Tapping(Assignment):
     batch_first: bool
     hooks_enabled: bool
     loss_reduction: str
-    layout: Layout
     record: Record | None = None
-    _ops: OpTaps
-    _unsharded: Unsharded
-    _anchor: Tensor
-    _layers: dict[nn.Module, Tapped]
-    _operations: dict[Any, Tapped]
-    _paths: dict[Any, str]
-    _every_module: Sequence[nn.Module]
-    _batch_second: Any
+    _taps: Taps
     _running: Running
 
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
@@ -123,16 +132,16 @@ class Tapping(Assignment):
         """
         if not self._tapping():
             return forward_output
-        layer = self._layers[module]
+        layer = self._taps.layers[module]
         # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
         if not self._holds_its_own(module, layer):
             return forward_output
-        if self._ops.active and layer.sampler.covers_children:
-            self._ops.leave_covered((forward_input, forward_kwargs), forward_output)
+        if self._taps.ops.active and layer.sampler.covers_children:
+            self._taps.ops.leave_covered((forward_input, forward_kwargs), forward_output)
         # What comes of parameters and constants alone is caught where it meets the data.
-        if self._ops.active and any(map(self._ops.is_shared, tensors_in(forward_output))):
+        if self._taps.ops.active and any(map(self._taps.ops.is_shared, tensors_in(forward_output))):
             return forward_output
-        batch_first = self.batch_first and module not in self._batch_second
+        batch_first = self.batch_first and module not in self._facts.batch_second
         axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
         inside = self.record is not None and (self._running.outermost is not None or self._recomputing())
         size = self.record.batch_size_seen if self.record is not None and inside else None
@@ -149,7 +158,7 @@ class Tapping(Assignment):
         """Raises an error if a single row is known to be no input that the batch shares."""
         for tensor in tensors_in(inputs):
             base = tensor._base
-            is_row = base is not None and not self._ops.is_shared(base) and size_of(base, axis) == size
+            is_row = base is not None and not self._taps.ops.is_shared(base) and size_of(base, axis) == size
             if tensor.requires_grad or is_row:
                 raise PrivacyNotImplementedError(
                     f"{layer.name}: it was called on a single row in a batch of {size} samples, and this row is one of the "
@@ -160,23 +169,23 @@ class Tapping(Assignment):
 
     def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
         if not layer.sampler.covers_children:
-            return holds_only(module, {name: self._unsharded.of(param) for name, param in layer.params.items()})
+            return holds_only(module, {name: self._facts.unsharded.of(param) for name, param in layer.params.items()})
         there = dict(module.named_parameters())
-        return all(there.get(name) is self._unsharded.of(param) for name, param in layer.params.items())
+        return all(there.get(name) is self._facts.unsharded.of(param) for name, param in layer.params.items())
 
     def _tap_operation(
         self, output: Tensor, op: Op, sampler: OpSampler, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
     ) -> Tensor:
-        params = [self._unsharded.parameter(leaf) for leaf in leaves_of(op.shared.values())]
+        params = [self._facts.unsharded.parameter(leaf) for leaf in leaves_of(op.shared.values())]
         key = (op.function.__name__, sampler.name, *map(id, params))
-        if key not in self._operations:
-            path, function = ", ".join(self._paths[param] for param in params), op.function.__name__
-            own = {self._paths[param]: param for param in params}
+        if key not in self._facts.operations:
+            path, function = ", ".join(self._taps.paths[param] for param in params), op.function.__name__
+            own = {self._taps.paths[param]: param for param in params}
             receive = partial(self._receive, key)
-            self._operations[key] = Tapped(
+            self._facts.operations[key] = Tapped(
                 path, f"operation '{function}' on {path}", f"({function})", sampler, own, receive
             )
-        return self._tap(key, self._operations[key], output, (args, kwargs), axis, lambda outputs, axis: op)
+        return self._tap(key, self._facts.operations[key], output, (args, kwargs), axis, lambda outputs, axis: op)
 
     def _tap(
         self,
@@ -199,13 +208,13 @@ class Tapping(Assignment):
                 self._look_at(self._running.noted, key, layer, output, inputs, axis)
             self._open_record().uses.expect(key, params)
             if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
-                entrance = Entrance(key, *inputs, self._every_module)
-        seen = list(map(self._unsharded.of, params))
+                entrance = Entrance(key, *inputs, self._taps.every_module)
+        seen = list(map(self._facts.unsharded.of, params))
         try:
             return tap(
                 output,
                 *inputs,
-                self._anchor,
+                self._facts.anchor,
                 seen,
                 layer.receive,
                 axis,
@@ -224,7 +233,7 @@ class Tapping(Assignment):
             observations.look_at(key, layer.name, value, [axis], self._running.samples)
 
     def _tapped(self, key: Any) -> Tapped:
-        return self._layers[key] if isinstance(key, nn.Module) else self._operations[key]
+        return self._taps.layers[key] if isinstance(key, nn.Module) else self._facts.operations[key]
 
     def _begin_packed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""

@@ -35,7 +35,7 @@ class TriedModel(TappedModel):
 
     def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
         """Before the first forward: finds what escapes the taps, on two samples."""
-        if module in self._verified:
+        if module in self._facts.verified:
             return
         size = record.batch_size_seen
         # All ranks are to run the same forwards, also those that have fewer samples than it takes.
@@ -45,7 +45,7 @@ class TriedModel(TappedModel):
         if not self._has_caught_all(module, some, size if some is inputs else 2) and some is not inputs:
             self._has_caught_all(module, inputs, size)
         if most or size is None:
-            self._verified.add(module)
+            self._facts.verified.add(module)
         if some is not inputs:
             self._try_other_sizes(module, inputs, size or 0)
 
@@ -53,7 +53,7 @@ class TriedModel(TappedModel):
         """Runs other numbers of samples than two while it is not known which rows are samples."""
         # Models often do nothing where there is but one.
         for length in (1, 3):
-            if self.layout.on_all_ranks(not self._ops.undecided):
+            if self.layout.on_all_ranks(not self._taps.ops.undecided):
                 return
             some = some_samples(inputs, size, 0, length, self._axis)
             with self.undisturbed(module, some), suppress(Exception):
@@ -64,7 +64,7 @@ class TriedModel(TappedModel):
     def undisturbed(self, module: nn.Module, inputs: Any) -> Iterator[None]:
         """A context for forwards of no consequence, after which random states, modes and the model's state are as before."""
         args, kwargs = inputs
-        with Entrance(module, args, kwargs, self._every_module).again(keep=True), restored(self._module):
+        with Entrance(module, args, kwargs, self._taps.every_module).again(keep=True), restored(self._module):
             yield
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
@@ -79,7 +79,7 @@ class TriedModel(TappedModel):
                 except Exception:
                     works = False
             if works:
-                outputs = [tensor for tensor in tensors_of(output) if not self._ops.is_shared(tensor)]
+                outputs = [tensor for tensor in tensors_of(output) if not self._taps.ops.is_shared(tensor)]
                 escaped = self._untapped(outputs, tensors_of(inputs))
             if not self._catch(escaped):
                 return self.layout.on_all_ranks(works)
@@ -90,13 +90,13 @@ class TriedModel(TappedModel):
         record = self._open_record() if self._running.seen is None or self.record is None else self.record
         kept, record.batch_size_seen = (record.uses.expected, record.batch_size_seen), size
         self._running.outermost = TRIAL
-        self._ops.enter(size, trying=True)
+        self._taps.ops.enter(size, trying=True)
         args, kwargs = inputs
         try:
             # With all hooks, and not as it is compiled.
             return module._call_impl(*args, **kwargs)
         finally:
-            self._ops.leave()
+            self._taps.ops.leave()
             self._running.outermost = None
             record.uses.expected, record.batch_size_seen = kept
             # Casts of weights that it made are older than the user's forward, and come too late in backward for FSDP.
@@ -109,7 +109,7 @@ class TriedModel(TappedModel):
         changes = {layer: _WAYS[way] for layer, way in zip(layers, ways, strict=True) if way}
         changes = {layer: way for layer, way in changes.items() if not isinstance(self._sampler(layer), way)}
         if changes:
-            self._overruled.update((layer, way()) for layer, way in changes.items())
+            self._facts.overruled.update((layer, way()) for layer, way in changes.items())
             self._agree(self._module)
             self.remove_hooks()
             self.add_hooks()
@@ -117,11 +117,11 @@ class TriedModel(TappedModel):
 
     def _next_way(self, layer: nn.Module, escaped: set[Any]) -> int:
         """The place in `_WAYS` of the way in which a layer is to be tapped; 0 if it is to stay as it is."""
-        if not escaped.intersection(self._unsharded.named_parameters(layer, recurse=False).values()):
+        if not escaped.intersection(self._facts.unsharded.named_parameters(layer, recurse=False).values()):
             return 0
         return 1 if isinstance(self._sampler(layer), Registered) else 2
 
     def _untapped(self, outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> set[Any]:
         """The parameters that something depends on past their taps; see `taps.graph.reached_by`."""
-        wanted = map(self._unsharded.of, self.trainable_parameters)
-        return set(map(self._unsharded.parameter, reached_by(outputs, wanted, inputs).past))
+        wanted = map(self._facts.unsharded.of, self.trainable_parameters)
+        return set(map(self._facts.unsharded.parameter, reached_by(outputs, wanted, inputs).past))
