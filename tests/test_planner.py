@@ -51,6 +51,7 @@ def check(case: Case, backward) -> None:
             assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_way_equals_oracle(case: Case, mode: str, forced: list[NormMethod]) -> None:

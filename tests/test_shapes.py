@@ -26,6 +26,7 @@ def check(case: Case, n: int, way: str = "ghost") -> None:
             assert_equal(param.summed_grad, clipped[name], f"clipped sum of {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [0, 1, 2])  # the last as many as in the trial before the first forward
 @pytest.mark.parametrize("case, way", MATRIX)
 def test_small_batches(case: Case, way: str, n: int) -> None:
