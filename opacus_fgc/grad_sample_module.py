@@ -20,6 +20,7 @@ from opacus_fgc.step.clipped_sum import ClippedSum
 from opacus_fgc.step.copies import Copies
 from opacus_fgc.step.nonfinite import NonFinitePolicy
 from opacus_fgc.step.profile import UNWATCHED, Plan, Unwatched
+from opacus_fgc.step.record import Record
 from opacus_fgc.step.trained import TrainedParameters
 
 
@@ -83,6 +84,7 @@ class GradSampleHooksFastGradientClipping(Copies, ByHand):
         self._prepare(m, force_functorch)
         self.trained = TrainedParameters(m, self._facts.unsharded)
         self.clipped_sum = ClippedSum()
+        self.record = Record(loss_reduction)
         self._profile: Unwatched = UNWATCHED
         super().__init__(
             m,
@@ -129,7 +131,6 @@ class GradSampleHooksFastGradientClipping(Copies, ByHand):
         Raises:
             ValueError: if a norm is inf or NaN, unless such samples are to be dropped.
         """
-        assert self.record is not None
         return self._nonfinite.coefficients(norms, self.clipping, self.record, self.trained.names)
 
     @contextmanager
@@ -151,7 +152,7 @@ class GradSampleHooksFastGradientClipping(Copies, ByHand):
     def cleanup(self) -> None:
         """Takes everything off the model and its parameters that was put there."""
         super().cleanup()
-        self.record = None
+        self._give_up_record()
         for param in self._module.parameters():
             if hasattr(param, "summed_grad"):
                 del param.summed_grad
@@ -185,8 +186,7 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
         try:
             return super().forward(*args, **kwargs)
         except (RuntimeError, IndexError) as error:  # the latter of torch before 2.10
-            empty = self.record is not None and self.record.batch_size_seen == 0
-            if empty and self.layout.shares_samples:
+            if self.record.batch_size_seen == 0 and self.layout.shares_samples:
                 raise NotImplementedError(
                     "this batch has no samples, and torch's distributed tensors cannot do without. Poisson sampling draws "
                     "such a "

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from opacus_fgc import GradSampleHooksFastGradientClipping, GradSampleModuleFastGradientClipping, PrivacyEngine
 from opacus_fgc.privacy_engine import MODES
+from opacus_fgc.step.phase import Phase
 from opacus_fgc.taps.hooks import does_nothing
 from tests.operation_cases import vision_transformer
 from tests.reference import reference
@@ -84,7 +85,7 @@ def test_a_copy_trains_by_itself(copied: Callable, mode: str) -> None:
 def test_a_copy_has_nothing_of_a_step(copied: Callable) -> None:
     wrapped = after_a_step(Scaled(), torch.randn(N, 4))
     other = copied(wrapped)
-    assert other.record is None and other.clipped_sum.passes == 0
+    assert other.record.phase is Phase.IDLE and other.clipped_sum.passes == 0
     for param in other.parameters():
         assert getattr(param, "summed_grad", None) is None
         assert getattr(param, "_norm_sample", None) is None
@@ -151,5 +152,5 @@ def test_average_of_weights() -> None:
     for name, param in average.module.named_parameters():
         torch.testing.assert_close(param, before[name] + 0.5)
     average(x)
-    assert wrapped.record is None
+    assert wrapped.record.phase is Phase.IDLE
     check_training(wrapped, x, "ghost")

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.planner import NOTHING
+from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.step.weighted_pass import WeightedPass
 
@@ -94,7 +95,7 @@ class ByHand(WeightedPass):
                 "make_private, or DPLossFastGradientClipping"
             )
         coef = self.clipping.coefficients(self.get_norm_sample())
-        if self.record is not None and self.record.in_half:
+        if self.record.in_half:
             raise PrivacyNotImplementedError(
                 "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
                 "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
@@ -109,7 +110,7 @@ class ByHand(WeightedPass):
         if losses.shape != norms.shape:
             # They broadcast; `enable_hooks` refuses what comes of that.
             return
-        if record is None or self._second_pass is None:
+        if record.phase is Phase.IDLE or self._second_pass is None:
             raise PrivacyRuntimeError(
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )

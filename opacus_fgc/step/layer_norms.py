@@ -17,6 +17,7 @@ from opacus_fgc.norm_samplers.registry import Forms
 from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
 from opacus_fgc.per_sample.precision import full_precision
 from opacus_fgc.step.nonfinite import is_finite
+from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.profile import Unwatched
 from opacus_fgc.taps.lookup import find_gradient_sampler
 from opacus_fgc.taps.tap import Call, Use
@@ -40,9 +41,8 @@ class LayerNorms(CertifiedModel):
             if _passing is None and step is not None:
                 step.check_plain_pass()
                 return
-            if self.record is None:
+            if self.record.phase is Phase.IDLE:
                 self._open_record()
-            assert self.record is not None
             if self.record.step is not None and not call.is_first_shown_to(self.record.step):
                 raise PrivacyRuntimeError(
                     f"{self._tapped(module).name}: a second backward() through one forward, in which each sample would be "
@@ -71,15 +71,12 @@ class LayerNorms(CertifiedModel):
             NotImplementedError: if the layer's per-sample gradients have no meaning or no known form.
             ValueError: if the layer was not called on one row a sample.
         """
-        assert self.record is not None
         check_loss_reduction(loss_reduction)
-        self.record.loss_reduction = loss_reduction
-        uses = self.record.uses.take(module, Use(_forward_input, forward_output))
+        uses = self.record.take(module, Use(_forward_input, forward_output), loss_reduction)
         if uses:
             self._measure(module, uses)
 
     def _measure(self, module: Any, uses: Sequence[Use]) -> None:
-        assert self.record is not None
         layer = self._tapped(module)
         if not self.record.wants(layer.params.values()):
             return
@@ -102,14 +99,12 @@ class LayerNorms(CertifiedModel):
 
     def _mark(self, layer: Tapped, uses: Sequence[Use]) -> None:
         """Notes what a layer was called on, for `reduce_norms`."""
-        assert self.record is not None
         own = mark(self.layout, layer.params.values(), [use.call.activations for use in uses])
         if own is not None:
             for param in layer.params.values():
                 self.record.marks[param] = self.record.marks.get(param, 0) + own
 
     def _forms(self, seen: View, layer: Tapped) -> Forms:
-        assert self.record is not None
         try:
             forms = layer.sampler(seen.layer, seen.uses, self.record.interleave)
             check_forms(seen.params, forms)

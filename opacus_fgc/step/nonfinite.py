@@ -52,7 +52,7 @@ class NonFinitePolicy:
                 "weights have diverged, or pass nonfinite='drop', with which such samples contribute nothing"
             )
         self.dropped += bad
-        record.samples = finite
+        record.sums.samples = finite
         coef = torch.zeros_like(norms)
         coef[finite] = clipping.coefficients(norms[finite])
         return coef

@@ -16,6 +16,7 @@ from opacus_fgc.planner import NOTHING, KeepBudget, KeepPolicy
 from opacus_fgc.step.clipped_sum import ClippedSum
 from opacus_fgc.step.layer_norms import LayerNorms, pass_of
 from opacus_fgc.step.nonfinite import is_finite
+from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.step.trained import TrainedParameters
 from opacus_fgc.step.uses import Step
@@ -37,7 +38,7 @@ class NormPass(LayerNorms):
         Raises:
             RuntimeError: if there was no backward through the taps.
         """
-        if self.record is not None:
+        if self.record.phase is not Phase.IDLE:
             self._measure_unfinished()
             norms = reduce_norms(self.layout, self.record.norms(self.trainable_parameters), self.record.marks)
             for param, norm in norms.items():
@@ -50,10 +51,9 @@ class NormPass(LayerNorms):
         return self.per_sample_gradient_norms
 
     def _measure_unfinished(self) -> None:
-        assert self.record is not None
         for module, uses in self.record.uses.unfinished():
             if self.layout.reshards:
-                self.record = None
+                self._give_up_record()
                 raise PrivacyNotImplementedError(
                     f"{self._tapped(module).name} was called more often than the loss depends on it, and under FSDP its "
                     "parameters are gone when that is known. Run forwards that are not part of the loss under "
@@ -95,11 +95,9 @@ class NormPass(LayerNorms):
             ValueError: if the loss has not one value for each sample that the layers saw, or depends on a trainable
                 parameter past its layer.
         """
-        reached = self.trained.check(
-            loss_per_sample, self._facts.anchor, {} if self.record is None else self.record.brought
-        )
+        reached = self.trained.check(loss_per_sample, self._facts.anchor, self.record.brought)
         self.check_accumulation()
-        if self.record is not None and self.record.receiving:
+        if self.record.phase.is_backward:
             # Another loss came by the same forward.
             self.record = self.record.again()
         record = self._open_record()
@@ -143,5 +141,5 @@ class NormPass(LayerNorms):
             yield
         except BaseException:
             # Half a pass is of no use to any other, and holds activations.
-            self.record = None
+            self._give_up_record()
             raise

@@ -14,22 +14,25 @@ from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.per_sample.precision import full_precision, is_half, widened
 from opacus_fgc.planner import KeepBudget, Room
+from opacus_fgc.step.phase import Phase
+from opacus_fgc.step.sums import WeightedSums
 from opacus_fgc.step.uses import Step, Uses
 from opacus_fgc.taps.tap import Interleave, Use
 
 
 class Record:
-    """Born at a step's first forward, gone at the next one's.
+    """One step's, from its first forward to the next step's; an idle one where no forward ran.
 
     A layer's uses are held until all of this step's forward have come back in backward, since the norm of a sum is not the
     sum of norms. Uses that the loss does not depend on never come; `unfinished` gives what is there.
 
     Args:
         loss_reduction: how the loss of the pass that brings the backprops is reduced over the batch, "mean" or "sum".
+        phase: how far the step is.
 
     Attributes:
         loss_scale: what the losses were multiplied with for this pass.
-        budget: what may be kept for `weighted_sum`.
+        budget: what may be kept for `sums`.
         batch_size: number of samples, None before the first backprop.
         batch_size_seen: number of samples that the model was called on, as its inputs show it; None where they do not.
         samples_in_loss: number of samples that there is a loss of; None where the losses are not known.
@@ -39,7 +42,7 @@ class Record:
         changed_buffers: the names of buffers that forward changed.
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
-        samples: a mask of the samples that take part in `weighted_sum`, shape ``(N,)``; None if all do.
+        sums: what the clipped sums come from.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
         in_half: whether a layer computed in half precision, or under autocast.
@@ -47,8 +50,9 @@ class Record:
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
 
-    def __init__(self, loss_reduction: str) -> None:
+    def __init__(self, loss_reduction: str, phase: Phase = Phase.IDLE) -> None:
         self.loss_reduction = loss_reduction
+        self.phase = phase
         self.loss_scale = 1.0
         self.budget = KeepBudget()
         self.batch_size: int | None = None
@@ -60,7 +64,7 @@ class Record:
         self.changed_buffers: set[str] = set()
         self.interleave = Interleave()
         self.unkept: list[Any] = []
-        self.samples: Tensor | None = None
+        self.sums = WeightedSums()
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
         self.in_half = False
@@ -69,14 +73,12 @@ class Record:
         self.uses = Uses()
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
-        self._kept: dict[Any, PerSampleGradient] = {}
-        self._sums: dict[Any, Tensor] = {}
-        self._summed: set[Any] | None = None
+        self._summed: set[Any] = set()
         self._coef: Tensor | None = None
 
     def again(self) -> Record:
         """A record of one more backward pass of the same forward."""
-        other = Record(self.loss_reduction)
+        other = Record(self.loss_reduction, Phase.FORWARD)
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
@@ -84,26 +86,37 @@ class Record:
         return other
 
     def summing(self, params: Iterable[Any], coef: Tensor | None) -> Record:
-        """A record of one more backward pass of the same forward, which gives this one what `weighted_sum` is made of.
+        """A record of one more backward pass of the same forward, which gives this one what its `sums` come from.
 
         Args:
             params: the parameters whose sums are wanted.
             coef: the coefficients, by which gradients are summed as they come, shape ``(N,)``; None to keep their forms.
         """
         other = self.again()
+        other.phase = Phase.WEIGHTED_PASS
         other._summed, other._coef = set(params), coef
-        other._kept, other._sums, other.samples = self._kept, self._sums, self.samples
-        other.batch_size = self.batch_size
+        other.sums, other.batch_size = self.sums, self.batch_size
         return other
 
     def wants(self, params: Iterable[Any]) -> bool:
         """Whether anything is to be computed of one of these parameters."""
-        return self._summed is None or not self._summed.isdisjoint(params)
+        return self.phase is not Phase.WEIGHTED_PASS or not self._summed.isdisjoint(params)
 
-    @property
-    def receiving(self) -> bool:
-        """Whether backward has begun."""
-        return self.batch_size is not None or self.uses.some_came
+    def take(self, layer: Any, use: Use, loss_reduction: str) -> Sequence[Use]:
+        """Takes in one use of a layer, whose backprops came.
+
+        Args:
+            layer: the layer, or what stands for a tapped operation.
+            use: the use.
+            loss_reduction: how the loss of this pass is reduced over the batch.
+
+        Returns:
+            All uses of the layer if they are complete with this one; else nothing.
+        """
+        if self.phase is not Phase.WEIGHTED_PASS:
+            self.phase = Phase.NORM_PASS
+        self.loss_reduction = loss_reduction
+        return self.uses.take(layer, use)
 
     def receive(self, forms: Mapping[Any, PerSampleGradient], uses: Sequence[Use]) -> dict[Any, Measured]:
         """Takes in the per-sample gradients of a layer's uses.
@@ -174,9 +187,11 @@ class Record:
         return self._norms.items()
 
     def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured | None:
-        if self._summed is not None:
-            if param in self._summed:
-                self._take(param, form)
+        if self.phase is Phase.WEIGHTED_PASS:
+            if param in self._summed and self._coef is None:
+                self.sums.keep(param, form)
+            elif param in self._summed and self._coef is not None:
+                self.sums.add_up(param, form, self._coef, self.loss_scale)
             return None
         measured = form.measured(room)
         factor = (len(measured.norm) if self.loss_reduction == "mean" else 1) / self.loss_scale
@@ -186,38 +201,10 @@ class Record:
         if measured.kept is None:
             self.unkept.append(param)
         else:
-            self._kept[param] = measured.kept
+            self.sums.keep(param, measured.kept)
             if not room.everything:
                 self.budget.spend(measured.kept.elements)
         return measured
-
-    def _take(self, param: Any, form: PerSampleGradient) -> None:
-        if self._coef is None:
-            self._kept[param] = form
-        else:
-            self._sums[param] = self._weigh(param, form, self._coef)
-
-    def weighted_sum(self, param: Any, coef: Tensor) -> Tensor | None:
-        """``sum_n coef[n] * gradient[n]`` from the kept form of a parameter, which is given up; None if there is none.
-
-        Args:
-            param: the parameter.
-            coef: shape ``(N,)``.
-
-        Returns:
-            The sum, of the parameter's dtype, or float32 where that is half precision.
-        """
-        if param in self._sums:
-            return self._sums.pop(param)
-        form = self._kept.pop(param, None)
-        return None if form is None else self._weigh(param, form, coef)
-
-    def _weigh(self, param: Any, form: PerSampleGradient, coef: Tensor) -> Tensor:
-        if self.samples is not None:
-            coef, form = coef[self.samples], form.select(self.samples.to(param.device))
-        with full_precision(param.device):
-            weighted_sum = form.weighted_sum(coef.to(param.device))
-        return (weighted_sum if self.loss_scale == 1 else weighted_sum / self.loss_scale).to(widened(param.dtype))
 
 
 def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:

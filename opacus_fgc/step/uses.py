@@ -38,11 +38,6 @@ class Uses:
         self._owners: dict[Any, int] = {}
         self._came: dict[Any, list[Use]] = {}
 
-    @property
-    def some_came(self) -> bool:
-        """Whether some came by whose layers are not complete."""
-        return bool(self._came)
-
     def owners(self, param: Any) -> int | None:
         """How many layers use a parameter."""
         return self._owners.get(param)

@@ -32,7 +32,8 @@ class WeightedPass(NormPass):
             # Half a sum is of no use to any step.
             for param in self.trainable_parameters:
                 param.summed_grad = None
-            self.clipped_sum, self.record = ClippedSum(), None
+            self.clipped_sum = ClippedSum()
+            self._give_up_record()
             raise
 
     def clipped_gradients(self, coef: Tensor, loss_per_sample: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
@@ -49,7 +50,6 @@ class WeightedPass(NormPass):
         Yields:
             The parameter, and the sum in its shape, float32 or wider; None for a parameter that the loss does not use.
         """
-        assert self.record is not None
         retain_graph = self.record.step is not None and self.record.step.graph_is_retained
         rest = self.layout.of_any(self.record.unkept)
         self._profile.lap()
@@ -68,8 +68,7 @@ class WeightedPass(NormPass):
 
     def _weighs_exactly(self, loss_per_sample: Tensor) -> bool:
         """Whether the gradient of the weighted loss is, but for roundings of float32, the weighted sum of what was measured."""
-        assert self.record is not None
-        if self.record.samples is not None or self.record.in_half or is_half(loss_per_sample):
+        if self.record.sums.samples is not None or self.record.in_half or is_half(loss_per_sample):
             # Inf and NaN of a sample that is dropped would go through all that coefficients can do.
             return False
         reduced = reduced_operations(loss_per_sample.device)
@@ -78,7 +77,6 @@ class WeightedPass(NormPass):
 
     def _sum_in_taps(self, params: Sequence[Any], coef: Tensor, loss_per_sample: Tensor, retain_graph: bool) -> None:
         """One more pass to the taps, in which gradients are summed as they come; see `Record.summing`."""
-        assert self.record is not None
         first = self.record
         # Under FSDP, sums of whole parameters take more than what they are made of.
         self.record = again = first.summing(params, None if self.layout.reshards else coef)
@@ -89,16 +87,14 @@ class WeightedPass(NormPass):
         self.record = first
 
     def _kept_sums(self, later: Container[Any], coef: Tensor) -> Iterator[tuple[Any, Tensor | None]]:
-        assert self.record is not None
         # In an order that all ranks have.
         for param in self.trainable_parameters:
             if param not in later:
-                total = self.record.weighted_sum(param, coef)
+                total = self.record.sums.take(param, coef, self.record.loss_scale)
                 self._profile.summed(param)
                 yield param, total
 
     def _unscaled(self, gradient: Tensor | None) -> Tensor | None:
-        assert self.record is not None
         if gradient is None or self.record.loss_scale == 1:
             return gradient
         if not is_finite([gradient]):

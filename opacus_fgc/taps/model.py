@@ -19,6 +19,7 @@ from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.distributed.agreement import fingerprint
 from opacus_fgc.distributed.shards import Unsharded
 from opacus_fgc.distributed.topology import Layout
+from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Facts
 from opacus_fgc.taps.compiled import KeptBuffers
@@ -163,7 +164,7 @@ class TappedModel(Tapping):
             self._running.outermost = None
         if self._running.outermost is not None or not self._tapping():
             return
-        record = self._open_record() if self.record is None or not self._recomputing() else self.record
+        record = self.record if self._recomputing() and self.record.phase is not Phase.IDLE else self._open_record()
         if not self._recomputing():
             record.batch_size_seen = batch_size((args, kwargs), self._axis)
             is_first = module not in self._facts.verified
@@ -187,8 +188,7 @@ class TappedModel(Tapping):
             if self._running.noted is not None and self._running.entrance is not None and output is not None:
                 self._running.entrance.forward = self._running.noted.of(tensors_of(output), self._module)
             self._running.outermost = self._running.entrance = self._running.noted = None
-            if self.record is not None:
-                self.record.changed_buffers |= self._facts.buffers_before.changed(self._module)
+            self.record.changed_buffers |= self._facts.buffers_before.changed(self._module)
 
     @property
     def _axis(self) -> int:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.errors import PrivacyNotImplementedError, located
+from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
 from opacus_fgc.taps.functorch import is_repeating
@@ -95,7 +96,7 @@ class Tapping(Assignment):
     batch_first: bool
     hooks_enabled: bool
     loss_reduction: str
-    record: Record | None = None
+    record: Record
     _taps: Taps
     _running: Running
 
@@ -113,11 +114,15 @@ class Tapping(Assignment):
 
     def _open_record(self) -> Record:
         """The record of the step whose forward runs; a new one if backward has been there."""
-        if self.record is None or self.record.receiving:
-            self.record = Record(self.loss_reduction)
+        if self.record.phase is not Phase.FORWARD:
+            self.record = Record(self.loss_reduction, Phase.FORWARD)
             for param in self.trainable_parameters:
                 param._norm_sample = None
         return self.record
+
+    def _give_up_record(self) -> None:
+        """Forgets the step: half of one is of no use to any other, and holds activations."""
+        self.record = Record(self.loss_reduction)
 
     def capture_activations_hook(
         self, module: nn.Module, forward_input: tuple[Any, ...], forward_kwargs: dict[str, Any], forward_output: Any
@@ -143,8 +148,8 @@ class Tapping(Assignment):
             return forward_output
         batch_first = self.batch_first and module not in self._facts.batch_second
         axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
-        inside = self.record is not None and (self._running.outermost is not None or self._recomputing())
-        size = self.record.batch_size_seen if self.record is not None and inside else None
+        inside = self._running.outermost is not None or self._recomputing()
+        size = self.record.batch_size_seen if inside else None
         if size not in (None, 1) and self._running.samples is None and _has_one_row(forward_output, axis):
             # An input that the batch shares, such as position ids: the layer has to see it once a sample.
             self._check_shared((forward_input, forward_kwargs), size, axis, layer)
@@ -239,8 +244,7 @@ class Tapping(Assignment):
         """Forward pre-hook of Opacus' recurrent layers: on packed sequences, their cells see the first rows of sorted samples."""
         if args and isinstance(args[0], PackedSequence):
             data, sizes, samples, back = args[0]
-            if self.record is not None:
-                self.record.orders += [order for order in (samples, back) if order is not None]
+            self.record.orders += [order for order in (samples, back) if order is not None]
             self._running.samples = torch.arange(int(sizes[0]), device=data.device) if samples is None else samples
 
     def _end_packed(self, module: nn.Module, args: Any, output: Any) -> None:

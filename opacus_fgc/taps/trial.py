@@ -13,6 +13,7 @@ from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.model_state import restored
 from opacus_fgc.certificates.samples import some_samples, tensors_of
 from opacus_fgc.certificates.sketch import OUT_OF_MEMORY
+from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.functorch import Functorch
 from opacus_fgc.taps.graph import reached_by
@@ -87,7 +88,8 @@ class TriedModel(TappedModel):
     def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
         """A forward that is not the user's own, of which the record keeps nothing."""
         # One that is only looked at may run between a first pass and what comes of it.
-        record = self._open_record() if self._running.seen is None or self.record is None else self.record
+        looking = self._running.seen is not None and self.record.phase is not Phase.IDLE
+        record = self.record if looking else self._open_record()
         kept, record.batch_size_seen = (record.uses.expected, record.batch_size_seen), size
         self._running.outermost = TRIAL
         self._taps.ops.enter(size, trying=True)
