@@ -96,6 +96,21 @@ class GradSampleHooksFastGradientClipping(Copies, ByHand):
             use_ghost_clipping=use_ghost_clipping,
         )
 
+    def configure(self, clipping: FlatClipping, nonfinite: str, certify: Schedule) -> None:
+        """Sets what a wrapped model goes by from its next step on.
+
+        Args:
+            clipping: the clipping rule; its optimizer has to have the same.
+            nonfinite: see the class.
+            certify: likewise.
+
+        Raises:
+            ValueError: if ``nonfinite`` has no meaning.
+        """
+        self.nonfinite = nonfinite
+        self.clipping = clipping
+        self.certification.schedule = certify
+
     @property
     def max_grad_norm(self) -> float:
         """The clipping norm ``C``, as the clipping rule has it."""

@@ -147,12 +147,11 @@ class DPOptimizerFastGradientClipping(SplitBatches):
         """
         self._check_signals()
         stepping = super().pre_step(closure)
-        assert self.module is not None  # checked by `accumulate`
         if stepping:
-            self.clipping.update(self.module.clipped_sum.norms, self.noisy_mean)
+            self.clipping.update(self.attached.clipped_sum.norms, self.noisy_mean)
         else:
             # The physical batches of a skipped step are parts of one logical batch, and count as one pass.
-            self.module.clipped_sum.passes = 0
+            self.attached.clipped_sum.passes = 0
         return stepping
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -177,18 +176,14 @@ class DPOptimizerFastGradientClipping(SplitBatches):
             ValueError: if there is none, or a part of it is missing; if there was no `zero_grad` since the last step; or if
                 there is a gradient besides it, which the step would drop.
         """
-        if self.module is None:
-            raise PrivacyValueError(
-                "this optimizer is attached to no wrapped model, so it cannot know what its gradients were clipped to: get "
-                "both from make_private, give both to DPLossFastGradientClipping, or call optimizer.attach(module)"
-            )
+        module = self.attached
         if self.accumulated_iterations == 0:
             raise PrivacyValueError(
                 "step() without a clipped gradient: call backward() on what the criterion from make_private returns. The "
                 "gradients of a plain loss.backward() are not clipped and are not used. (In a loop with two passes by hand, "
                 "call enable_hooks() after the second.)"
             )
-        check_ready(self.module, self.params, self.max_grad_norm)
+        check_ready(module, self.params, self.max_grad_norm)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, with that of the clipping rule as ``clipping`` where it has any."""

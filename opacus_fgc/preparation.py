@@ -1,4 +1,4 @@
-"""Model, data loader, optimizer and criterion, each made private by itself."""
+"""The parts of a private pipeline: model, data loader, optimizer and criterion."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from opacus.grad_sample import AbstractGradSampleModule, GradSampleHooks
+from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn, optim
 from torch.utils.data import DataLoader
@@ -29,40 +29,9 @@ from opacus_fgc.sampling.secure import secured
 
 
 class Preparation(Checkpoints):
-    """An engine that makes the parts of a private pipeline in the modes of this package, and leaves others to Opacus."""
+    """An engine that makes the parts of a private pipeline in the modes of this package."""
 
     secure_rng: Any
-
-    def _prepare_model(
-        self,
-        module: nn.Module,
-        *,
-        batch_first: bool = True,
-        max_grad_norm: Any = 1.0,
-        loss_reduction: str = "mean",
-        grad_sample_mode: str = "hooks",
-        wrap_model: bool = True,
-    ) -> AbstractGradSampleModule | GradSampleHooks:
-        ours = isinstance(module, GradSampleModuleFastGradientClipping)
-        if grad_sample_mode not in MODES or (isinstance(module, AbstractGradSampleModule) and not ours):
-            return super()._prepare_model(
-                module,
-                batch_first=batch_first,
-                max_grad_norm=max_grad_norm,
-                loss_reduction=loss_reduction,
-                grad_sample_mode=grad_sample_mode,
-                wrap_model=wrap_model,
-            )
-        if isinstance(module, GradSampleModuleFastGradientClipping):
-            if (module.batch_first, module.loss_reduction) != (batch_first, loss_reduction):
-                raise ValueError(
-                    f"the model is wrapped already, with batch_first={module.batch_first} and loss_reduction="
-                    f"{module.loss_reduction!r}; pass these, or the model itself (module.to_standard_module())"
-                )
-            module.clipping = FlatClipping(max_grad_norm)  # until the optimizer brings its own
-            return module
-        wrapper = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
-        return wrapper(module, batch_first=batch_first, loss_reduction=loss_reduction, max_grad_norm=max_grad_norm)
 
     def _prepare_data_loader(self, data_loader: DataLoader, *, poisson_sampling: bool, **kwargs: Any) -> DataLoader:
         # Opacus' secure mode without Poisson sampling would give the caller's sampler another generator.
@@ -71,82 +40,75 @@ class Preparation(Checkpoints):
         )
         return secured(poisson if poisson_sampling else data_loader, self.secure_rng) if self.secure_mode else poisson
 
-    def _prepare_optimizer(
+    def _private(
         self,
         *,
+        module: nn.Module,
         optimizer: optim.Optimizer,
-        noise_generator: torch.Generator | None = None,
-        distributed: bool = False,
-        clipping: Any = "flat",
-        grad_sample_mode: str = "hooks",
-        expected_batch_size: float,
+        criterion: Any,
+        data_loader: DataLoader,
+        noise_multiplier: float,
+        clipping: FlatClipping,
+        batch_first: bool,
+        loss_reduction: str,
+        poisson_sampling: bool,
+        noise_generator: torch.Generator | None,
+        grad_sample_mode: str,
+        wrap_model: bool,
+        nonfinite: str,
+        certify: Schedule,
+        rand_on_empty: bool = False,
         **kwargs: Any,
-    ) -> DPOptimizer:
-        if grad_sample_mode not in MODES:
-            return super()._prepare_optimizer(
-                optimizer=optimizer,
-                expected_batch_size=expected_batch_size,
-                noise_generator=noise_generator,
-                distributed=distributed,
-                clipping=clipping,
-                grad_sample_mode=grad_sample_mode,
-                **kwargs,
-            )
-        if distributed:
-            # Opacus has divided by the number of processes; how many shares a batch has the layout says.
-            expected_batch_size *= dist.get_world_size()
-        return DPOptimizerFastGradientClipping(
+    ) -> tuple[Any, DPOptimizerFastGradientClipping, DPLossFastGradientClipping, DataLoader]:
+        """Makes the parts of a private pipeline, from arguments that were checked; see `PrivacyEngine.make_private`."""
+        settings: dict[str, Any] = {"batch_first": batch_first, "loss_reduction": loss_reduction}
+        private_module = _wrapped(module, wrap_model, settings)
+        private_module.configure(clipping, nonfinite, certify)
+        if poisson_sampling:
+            private_module.forbid_grad_accumulation()
+        private_loader = self._prepare_data_loader(
+            data_loader,
+            distributed=False,  # ranks share what is drawn; see `_distributed`
+            poisson_sampling=poisson_sampling,
+            batch_first=batch_first,
+            rand_on_empty=rand_on_empty,
+        )
+        layout, sample_rate = private_module.layout, 1 / len(private_loader)
+        private_optimizer = DPOptimizerFastGradientClipping(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clipping.max_grad_norm,
+            expected_batch_size=int(len(private_loader.dataset) * sample_rate) / layout.data_ranks,  # type: ignore[arg-type]
+            loss_reduction=loss_reduction,
             generator=self.secure_rng if self.secure_mode else noise_generator,
             secure_mode=self.secure_mode,
             clipping=clipping,
-            expected_batch_size=expected_batch_size,
             **kwargs,
         )
-
-    def _prepare_criterion(
-        self, *, module: Any, optimizer: DPOptimizer, criterion: Any, loss_reduction: str = "mean", **kwargs: Any
-    ) -> Any:
-        if isinstance(module, GradSampleHooksFastGradientClipping):
-            return DPLossFastGradientClipping(module, optimizer, criterion, loss_reduction)
-        return super()._prepare_criterion(
-            module=module, optimizer=optimizer, criterion=criterion, loss_reduction=loss_reduction, **kwargs
+        private_optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
+        private_criterion = DPLossFastGradientClipping(
+            private_module, private_optimizer, criterion, loss_reduction, MODES[grad_sample_mode]
         )
-
-    def _private(
-        self, given: dict[str, Any], nonfinite: str, schedule: Schedule
-    ) -> tuple[Any, DPOptimizerFastGradientClipping, DPLossFastGradientClipping, DataLoader]:
-        """Opacus' `make_private`, and what it does not know of: the mode, certificates, ranks, whose batches are stepped on."""
-        module: Any
-        optimizer: Any
-        criterion: Any
-        module, optimizer, criterion, data_loader = super().make_private(**given)
-        criterion.clipped_backward = MODES[given["grad_sample_mode"]]
-        criterion.module.nonfinite = nonfinite
-        criterion.module.certification.schedule = schedule
-        layout, poisson = criterion.module.layout, given["poisson_sampling"]
         if layout.axes:
             check_copies(layout)
-            data_loader = self._distributed(layout, optimizer, data_loader, poisson)
+            private_loader = self._distributed(layout, private_optimizer, private_loader, poisson_sampling)
         elif dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             warnings.warn(
                 f"each of the {dist.get_world_size()} processes trains a model of its own, with batches and a budget of its "
-                "own. "
-                "For one model of all wrap it in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or call "
-                "fully_shard on it, before make_private",
+                "own. For one model of all wrap it in opacus.distributed.DifferentiallyPrivateDistributedDataParallel, or "
+                "call fully_shard on it, before make_private",
                 stacklevel=3,
             )
-        if not (layout.axes and poisson):
-            data_loader = with_own_draws(data_loader)
-        if not (poisson or self.secure_mode):
-            data_loader = checked(data_loader)
-        optimizer.batches = batches_of(data_loader, optimizer.drop_unfinished)
-        return module, optimizer, criterion, data_loader
+        if not (layout.axes and poisson_sampling):
+            private_loader = with_own_draws(private_loader)
+        if not (poisson_sampling or self.secure_mode):
+            private_loader = checked(private_loader)
+        private_optimizer.batches = batches_of(private_loader, private_optimizer.drop_unfinished)
+        return private_module, private_optimizer, private_criterion, private_loader
 
     def _distributed(
         self, layout: Layout, optimizer: DPOptimizerFastGradientClipping, data_loader: DataLoader, poisson: bool
     ) -> DataLoader:
-        optimizer.expected_batch_size /= layout.data_ranks
         check_agreement(
             layout,
             {
@@ -162,3 +124,22 @@ class Preparation(Checkpoints):
         if isinstance(generator, torch.Generator):
             self._batches.append(generator)
         return shared(data_loader, layout, generator)
+
+
+def _wrapped(module: nn.Module, wrap_model: bool, settings: dict[str, Any]) -> GradSampleHooksFastGradientClipping:
+    """The wrapped model, or the hooks on it; a model that is wrapped already stays as it is."""
+    if isinstance(module, GradSampleModuleFastGradientClipping):
+        given = {name: getattr(module, name) for name in settings}
+        if given != settings:
+            raise ValueError(
+                f"the model is wrapped already, with {', '.join(f'{name}={value!r}' for name, value in given.items())}; pass "
+                "these, or the model itself (module.to_standard_module())"
+            )
+        return module
+    if isinstance(module, AbstractGradSampleModule):
+        raise ValueError(
+            f"the model is wrapped already, in Opacus' {type(module).__name__}; pass the model itself "
+            "(module.to_standard_module())"
+        )
+    wrapper = GradSampleModuleFastGradientClipping if wrap_model else GradSampleHooksFastGradientClipping
+    return wrapper(module, **settings)

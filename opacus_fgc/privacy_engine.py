@@ -144,10 +144,15 @@ class PrivacyEngine(Preparation):
         check_nonfinite(nonfinite)
         schedule = Schedule(certify)
         given = _with_clipping_rule(**given)
+        if self.secure_mode and noise_generator is not None:
+            raise ValueError(
+                "noise_generator and secure_mode=True: noise that withstands attacks comes from a generator of its own. Leave "
+                "noise_generator out"
+            )
         if self.secure_mode and not poisson_sampling:
             secured(data_loader, self.secure_rng)  # for its error, before anything is wrapped
         check_arguments(**given)
-        return self._private(given, nonfinite, schedule)
+        return self._private(**given, nonfinite=nonfinite, certify=schedule)
 
     def make_private_with_epsilon(
         self, *, target_epsilon: float, target_delta: float, epochs: float, data_loader: DataLoader, **kwargs: Any
@@ -218,7 +223,7 @@ def _known(mode: Any) -> str:
 
 
 def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwargs: Any) -> dict[str, Any]:
-    """The arguments of `make_private`, with the clipping rule itself in the place of its name and arguments."""
+    """The arguments of `make_private`, with the clipping rule in the place of its name, norm and arguments."""
     if clipping not in RULES:
         raise NotImplementedError(
             f"clipping is {clipping!r}; ghost clipping clips by one norm over all parameters. Pass one of "
@@ -226,4 +231,4 @@ def _with_clipping_rule(*, max_grad_norm: float, clipping: str = "flat", **kwarg
         )
     names = {name for rule in RULES.values() for name in inspect.signature(rule).parameters}
     options = {name: kwargs.pop(name) for name in names.intersection(kwargs)}
-    return {"max_grad_norm": max_grad_norm, "clipping": RULES[clipping](max_grad_norm, **options), **kwargs}
+    return {"clipping": RULES[clipping](max_grad_norm, **options), **kwargs}

@@ -40,7 +40,6 @@ def check_arguments(
     optimizer: optim.Optimizer,
     data_loader: DataLoader,
     noise_multiplier: float,
-    max_grad_norm: float,
     clipping: FlatClipping,
     criterion: Any = None,
     loss_reduction: str = "mean",

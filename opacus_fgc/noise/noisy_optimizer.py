@@ -29,6 +29,20 @@ class NoisyOptimizer(OpacusOptimizer):
     def _drop_clipped_sum(self) -> None:
         raise NotImplementedError
 
+    @property
+    def attached(self) -> GradSampleHooksFastGradientClipping:
+        """The wrapped model that the optimizer is attached to.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self.module is None:
+            raise PrivacyValueError(
+                "this optimizer is attached to no wrapped model, so it cannot know what its gradients were clipped to: get "
+                "both from make_private, give both to DPLossFastGradientClipping, or call optimizer.attach(module)"
+            )
+        return self.module
+
     def with_noise(self, values: Tensor, std: float) -> Tensor:
         """Values plus Gaussian noise; all noise of a step comes from here.
 
@@ -49,8 +63,7 @@ class NoisyOptimizer(OpacusOptimizer):
             ValueError: if ``noise_multiplier`` is now too large for the clipping rule, the step is not on a batch of the private
                 loader, or ranks do not take the same step.
         """
-        assert self.module is not None  # checked by `accumulate`
-        clipped, refused = self.module.clipped_sum, None
+        layout, clipped, refused = self.attached.layout, self.attached.clipped_sum, None
         try:
             batch = self.batches.take(sum(map(len, clipped.norms)), clipped.passes)
         except PrivacyValueError as error:
@@ -58,7 +71,7 @@ class NoisyOptimizer(OpacusOptimizer):
         std = self.clipping.gradient_noise_multiplier(self.noise_multiplier) * self.max_grad_norm
         try:
             check_agreement(
-                self.module.layout,
+                layout,
                 {
                     "backward passes of a step": self.accumulated_iterations,
                     "max_grad_norm": self.max_grad_norm,
@@ -75,17 +88,18 @@ class NoisyOptimizer(OpacusOptimizer):
         if refused is not None:
             self._drop_clipped_sum()
             raise refused
-        for param, gradient in privatized_gradients(self.module.layout, self.params, partial(self.with_noise, std=std)):
+        for param, gradient in privatized_gradients(layout, self.params, partial(self.with_noise, std=std)):
             param.grad = gradient.to(param.dtype)
             _mark_as_processed(param.summed_grad)
 
     def scale_grad(self) -> None:
         """Divides the noisy sum by the number of samples that is expected on all ranks, with ``loss_reduction="mean"``."""
         super().scale_grad()
-        assert self.module is not None  # checked by `accumulate`
-        if self.loss_reduction == "mean" and self.module.layout.data_ranks > 1:
+        shares = self.attached.layout.data_ranks
+        if self.loss_reduction == "mean" and shares > 1:
+            # `expected_batch_size` is that of one rank.
             for param in self.params:
-                param.grad /= self.module.layout.data_ranks
+                param.grad /= shares
 
     def noisy_mean(self, total: Tensor, std: float) -> Tensor:
         """The mean of something over the samples of this step, as it may be released.
@@ -102,7 +116,6 @@ class NoisyOptimizer(OpacusOptimizer):
         """
         if self.expected_batch_size is None:
             raise ValueError("expected_batch_size is None; the optimizer's clipping rule needs it")
-        assert self.module is not None  # checked by `accumulate`
-        layout = self.module.layout
+        layout = self.attached.layout
         noisy = noisy_total(layout, total, partial(self.with_noise, std=std))
         return noisy / (self.expected_batch_size * layout.data_ranks * self.accumulated_iterations)
