@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -15,6 +16,16 @@ from opacus_fgc.taps.hooks import Hook
 from opacus_fgc.taps.tap import Use, tensors_in
 
 
+class StandIns(Protocol):
+    """What is told of tensors that stand for parameters, and knows what is computed from these alone."""
+
+    def add(self, param: Any, seen: Tensor) -> None:
+        """Told of a parameter, and of what stands for it."""
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether a tensor is computed from parameters and constants alone."""
+
+
 class Unsharded:
     """The tensors that stand for parameters while an FSDP module runs.
 
@@ -22,16 +33,9 @@ class Unsharded:
 
     Args:
         model: the model, between two forwards.
-        note: told of each parameter and what stands for it.
-        is_shared: whether an input of a module is computed from parameters alone. FSDP joins the graphs of all inputs; such
-            inputs it is to leave as they are.
     """
 
-    def __init__(
-        self, model: nn.Module, note: Callable[[Any, Tensor], None], is_shared: Callable[[Tensor], bool]
-    ) -> None:
-        self._note = note
-        self._is_shared = is_shared
+    def __init__(self, model: nn.Module) -> None:
         self._inputs: list[Tensor] = []
         self._seen: dict[Any, Tensor] = {}
         self._parameters: dict[Tensor, Any] = {}
@@ -39,35 +43,41 @@ class Unsharded:
         managed = {inner for module in self._fsdp for inner in module.modules()}
         self._places = {module: dict(module._parameters) for module in managed}
 
-    def watch(self) -> list[Any]:
-        """Puts hooks on the FSDP modules; returns what takes them off."""
-        before = [
-            module.register_forward_pre_hook(Hook(self._before), prepend=True, with_kwargs=True)
-            for module in self._fsdp
-        ]
-        return before + [module.register_forward_pre_hook(Hook(self._after), with_kwargs=True) for module in self._fsdp]
+    def watch(self, stand_ins: StandIns) -> list[Any]:
+        """Puts hooks on the FSDP modules; returns what takes them off.
+
+        Args:
+            stand_ins: told of what stands for parameters. FSDP joins the graphs of all inputs of a module; what it says is
+                shared among them is left as it is.
+        """
+        handles = []
+        for module in self._fsdp:
+            after = Hook(partial(self._after, stand_ins))
+            handles.append(module.register_forward_pre_hook(Hook(self._before), prepend=True, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(after, with_kwargs=True))
+        return handles
 
     # Hooks that are taken off in the middle of the model's call are still called, without keyword arguments.
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         self._inputs = tensors_in((args, kwargs))
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
+    def _after(self, stand_ins: StandIns, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
         inputs, self._inputs = self._inputs, []
         for inner in module.modules():
             for name, param in self._places[inner].items():
                 seen = inner._parameters[name]
                 if seen is not None and seen is not param and seen is not self.of(param):
                     self._seen[param], self._parameters[seen] = seen, param
-                    self._note(param, seen)
-        if kwargs is None or not any(map(self._is_shared, inputs)):
+                    stand_ins.add(param, seen)
+        if kwargs is None or not any(map(stand_ins.is_shared, inputs)):
             return None
         before = iter(inputs)
 
         def restored(tensor: Tensor) -> Tensor:
             own = next(before)
             # FSDP may also have cast it.
-            return own.to(tensor) if self._is_shared(own) else tensor
+            return own.to(tensor) if stand_ins.is_shared(own) else tensor
 
         return tree_map_only(Tensor, restored, (args, kwargs))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,22 @@ class NotCaughtError(Exception):
     """An operation on a parameter that cannot be tapped; its module is then served as a whole."""
 
 
-TapOp = Callable[[Tensor, Op, OpSampler, tuple[Any, ...], dict[str, Any], int], Tensor]
-"""Taps the output of an operation: called with the output, the `Op`, its sampler, arguments, and the batch axis."""
+class TapOp(Protocol):
+    """What puts a tap on the output of an operation."""
+
+    def __call__(
+        self, output: Tensor, op: Op, sampler: OpSampler, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int
+    ) -> Tensor:
+        """Returns the output with a tap on it.
+
+        Args:
+            output: what the operation returned.
+            op: the operation, with what is shared in it.
+            sampler: what computes its per-sample gradients.
+            args: its positional arguments, None in the place of what is shared.
+            kwargs: its keyword arguments, likewise.
+            axis: the batch axis of the output.
+        """
 
 
 class Meeting(ForwardWatch):

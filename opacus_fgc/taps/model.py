@@ -31,6 +31,7 @@ from opacus_fgc.taps.lookup import (
     with_batch_second,
 )
 from opacus_fgc.taps.operations import OpTaps
+from opacus_fgc.taps.shared import NoData
 from opacus_fgc.taps.tapping import Running, Tapped, Tapping, Taps
 
 TRIAL = nn.Module()
@@ -53,11 +54,7 @@ class TappedModel(Tapping):
         self._running = Running()
         self._facts = Facts(
             layout=Layout(model).prepare(),
-            unsharded=Unsharded(
-                model,
-                lambda param, seen: self._taps.ops.add(param, seen),
-                lambda tensor: self._taps.ops.is_shared(tensor),
-            ),
+            unsharded=Unsharded(model),
             constants=constants_of(model),
             batch_second=with_batch_second(model),
             buffers_before=Buffers(model),
@@ -103,8 +100,27 @@ class TappedModel(Tapping):
             entrances.update(_containers(layers, every_module))
         # Torch's attention uses a child's weight, which a checkpoint that starts in between has to find watched.
         entrances.update(module for module in every_module if isinstance(module, nn.MultiheadAttention))
+        named = self._facts.unsharded.named_parameters(self._module)
+        # As they are between two forwards.
+        names = {param: path for path, param in named.items()}
+        others = {*names, *self._module.buffers()} - watched
+        covered = {
+            param
+            for layer in layers.values()
+            if layer.sampler.covers_children
+            for param in layer.params.values()
+            if param.requires_grad
+        }
+        ops = OpTaps(
+            NoData(watched, others, covered, self._facts.constants),
+            self.batch_first,
+            self._tap_operation,
+            self._facts.expansions,
+            compiled,
+        )
+        self._taps = Taps(ops, layers, names, every_module, compiled)
         # Before `_enter` in this list, so after it in a call: it may run the model on its own.
-        handles += self._facts.unsharded.watch()
+        handles += self._facts.unsharded.watch(ops)
         for module in entrances:
             handles.append(module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(Hook(self._leave), with_kwargs=True, always_call=True))
@@ -113,28 +129,6 @@ class TappedModel(Tapping):
             handles.append(
                 layer.register_forward_hook(Hook(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
-        named = self._facts.unsharded.named_parameters(self._module)
-        # As they are between two forwards.
-        names = {param: path for path, param in named.items()}
-        others = {*names, *self._module.buffers()} - watched
-        covered = [
-            param
-            for layer in layers.values()
-            if layer.sampler.covers_children
-            for param in layer.params.values()
-            if param.requires_grad
-        ]
-        ops = OpTaps(
-            watched,
-            others,
-            self._facts.constants,
-            covered,
-            self._tap_operation,
-            self.batch_first,
-            self._facts.expansions,
-            compiled,
-        )
-        self._taps = Taps(ops, layers, names, every_module, compiled)
         for module in every_module:
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(Hook(self._begin_packed)))

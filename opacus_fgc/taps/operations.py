@@ -8,16 +8,15 @@ one row a sample, so that autograd itself delivers the per-sample gradients; ope
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from opacus_fgc.taps.expansion import Expanding, Expansion
 from opacus_fgc.taps.meeting import JOINING, PRODUCTS, NotCaughtError, TapOp
-from opacus_fgc.taps.shared import is_copied, is_one, tensors_of_call
+from opacus_fgc.taps.shared import NoData, is_copied, is_one, tensors_of_call
 
 _EXPANDING = frozenset(("broadcast_to", "expand", "expand_as", "repeat", "repeat_interleave", "tile"))
 # The second tensor is but a pattern for dtype, device or shape.
@@ -31,28 +30,22 @@ class OpTaps(Expanding):
     """Taps on operations, active from the outermost `enter` to its `leave`.
 
     Args:
-        params: the parameters whose operations are caught.
-        others: what else is no data: the other parameters of the model, and its buffers.
-        constants: tensors that are no data for as long as they have the version that goes with them here.
-        covered: those of the others whose tap is on a module around their layer. What is computed from them stays in there.
-        tap_op: taps the output of an operation.
+        no_data: the tensors of the model that are no data.
         batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
+        tap_op: puts a tap on the output of an operation.
         expansions: what is known of the places where something shared is expanded; it is added to.
         compiled: whether parts of the model are compiled, in which no operation shows; they are run as they are while active.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
-        others: Iterable[Tensor],
-        constants: Mapping[Tensor, int],
-        covered: Iterable[Tensor],
-        tap_op: TapOp,
+        no_data: NoData,
         batch_first: bool,
+        tap_op: TapOp,
         expansions: dict[Any, Expansion],
         compiled: bool = False,
     ) -> None:
-        super().__init__(params, others, constants, covered, batch_first)
+        super().__init__(no_data, batch_first)
         self._tap_op, self._expansions, self._compiled = tap_op, expansions, compiled
 
     @torch._disable_dynamo

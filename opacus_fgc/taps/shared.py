@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,30 +13,37 @@ from torch.overrides import TorchFunctionMode
 from opacus_fgc.taps.tap import tensors_in
 
 
+@dataclass
+class NoData:
+    """The tensors of a model that are no data.
+
+    Attributes:
+        params: the parameters whose operations are caught.
+        others: the other parameters of the model, and its buffers.
+        covered: those of the others whose tap is on a module around their layer. What is computed from them stays in there.
+        constants: tensors that are no data for as long as they have the version that goes with them here.
+    """
+
+    params: set[Tensor]
+    others: set[Tensor]
+    covered: set[Tensor]
+    constants: Mapping[Tensor, int]
+
+
 class SharedTensors(TorchFunctionMode):
     """Knows of tensors in a forward whether they are computed from parameters and constants alone.
 
     Args:
-        params: the parameters whose operations are caught.
-        others: what else is no data: the other parameters of the model, and its buffers.
-        constants: tensors that are no data for as long as they have the version that goes with them here.
-        covered: those of the others whose tap is on a module around their layer. What is computed from them stays in there.
+        no_data: the tensors that are.
         batch_first: whether the batch is the first axis of activations, or the second of those with three and more.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor],
-        others: Iterable[Tensor],
-        constants: Mapping[Tensor, int],
-        covered: Iterable[Tensor],
-        batch_first: bool,
-    ) -> None:
+    def __init__(self, no_data: NoData, batch_first: bool) -> None:
         super().__init__()
-        self.params = set(params)
-        self._others = set(others)
-        self._constants = constants
-        self._covered = set(covered)
+        self.params = no_data.params
+        self._others = no_data.others
+        self._covered = no_data.covered
+        self._constants = no_data.constants
         self._batch_first = batch_first
         # How many samples the forwards that run are of, the innermost last; none if no operations are caught.
         self._batch_sizes: list[int | None] = []

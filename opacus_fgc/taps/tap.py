@@ -8,7 +8,7 @@ these too.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -113,7 +113,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape and a.dtype == b.dtype
 
 
-Receiver = Callable[[Call, tuple[Tensor, ...]], None]
+class Receiver(Protocol):
+    """What a tap hands its backprops to."""
+
+    def __call__(self, call: Call, backprops: tuple[Tensor, ...]) -> None:
+        """Takes in the backprops of a call.
+
+        Args:
+            call: the call.
+            backprops: the gradients of the loss by its tapped outputs.
+        """
 
 
 class _Pending:
