@@ -19,7 +19,7 @@ from opacus_fgc.step.by_hand import ByHand
 from opacus_fgc.step.clipped_sum import ClippedSum
 from opacus_fgc.step.copies import Copies
 from opacus_fgc.step.nonfinite import NonFinitePolicy
-from opacus_fgc.step.profile import UNWATCHED, Plan, Unwatched
+from opacus_fgc.step.profile import UNWATCHED, StepProfile, Unwatched
 from opacus_fgc.step.record import Record
 from opacus_fgc.step.trained import TrainedParameters
 
@@ -149,7 +149,7 @@ class GradSampleHooksFastGradientClipping(Copies, ByHand):
         return self._nonfinite.coefficients(norms, self.clipping, self.record, self.trained.names)
 
     @contextmanager
-    def plan(self) -> Iterator[Plan]:
+    def plan(self) -> Iterator[StepProfile]:
         """A context that watches the steps in it, and says layer by layer what they are made of and why they cost what they do.
 
         Example:
@@ -157,7 +157,7 @@ class GradSampleHooksFastGradientClipping(Copies, ByHand):
             ...     criterion(model(x), y).backward()
             >>> print(plan)
         """
-        self._profile = plan = Plan()
+        self._profile = plan = StepProfile()
         try:
             with plan.watching(next(self._module.parameters()).device):
                 yield plan

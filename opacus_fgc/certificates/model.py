@@ -94,14 +94,7 @@ class CertifiedModel(TriedModel):
         Raises:
             NotImplementedError: if they do not, or it cannot be told.
         """
-        if self.certification.choices is None:
-            # Ranks that work on the same samples have to choose the same ones.
-            seed = secrets.token_bytes(16)
-            self.certification.choices = random.Random(
-                self.layout.common(seed) if self.layout.forward_communicates else seed
-            )
-
-        size, choices = due.size, self.certification.choices
+        size, choices = due.size, self._choices()
 
         def backward(weights: Tensor) -> Backprops:
             with self._witnessed(certifying=True) as backprops:
@@ -133,6 +126,16 @@ class CertifiedModel(TriedModel):
         forget_weights()
         self.certification.schedule.made(size, due.structure)
 
+    def _choices(self) -> random.Random:
+        if self.certification.choices is None:
+            # Ranks that work on the same samples have to choose the same ones.
+            seed = secrets.token_bytes(16)
+            self.certification.choices = random.Random(
+                self.layout.common(seed) if self.layout.forward_communicates else seed
+            )
+
+        return self.certification.choices
+
     def _structure(self, size: int, reached: Reached, record: Record) -> Hashable:
         """What is equal for passes that one certificate is for."""
         layers = {(call.layer, call.rows == size, call.samples is None) for call in reached.calls}
@@ -150,11 +153,10 @@ class CertifiedModel(TriedModel):
         return describe(paths[entrance.module], entrance.module)
 
     def _replacements(self, entrance: Entrance, size: int, signs: Sequence[int]) -> list[list[Replacement]]:
-        assert self.certification.choices is not None
         shared = self._facts.shared_inputs.setdefault(entrance.module, set())
         # On other devices an index out of range is an error that nothing recovers from.
         enlarge = all(tensor.device.type == "cpu" for tensor in tensors_of(entrance.inputs))
-        return replacements(size, 0 if self.batch_first else 1, shared, self.certification.choices, enlarge, signs)
+        return replacements(size, 0 if self.batch_first else 1, shared, self._choices(), enlarge, signs)
 
     def _run_again(
         self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from opacus_fgc.distributed.mesh import Axis, is_sharded, like, local, shard_rows
-from opacus_fgc.distributed.reductions import AddNoise, NoisySum, ScatteredSum, buckets, one_ahead
+from opacus_fgc.distributed.reductions import AddNoise, NoisySum, ScatteredSum, buckets, prefetch
 from opacus_fgc.distributed.topology import Layout
 from opacus_fgc.per_sample.precision import widened
 
@@ -39,7 +39,7 @@ def as_parameters(layout: Layout, totals: Iterable[tuple[Any, Tensor | None]]) -
         (params, ScatteredSum(several, [param.placements[len(copies)].dim for param in params], shard, copies))
         for params, several in buckets(present)
     )
-    for params, scattered in one_ahead(sums):
+    for params, scattered in prefetch(sums):
         for param, part in zip(params, scattered.parts(), strict=True):
             yield param, like(param, part.to(param.device))
 
@@ -99,7 +99,7 @@ def privatized_gradients(layout: Layout, params: Sequence[Any], add_noise: AddNo
             yield param, like(param, add_noise(summed))
     for axes, several in replicated.items():
         sums = ((bucket, NoisySum(tensors, axes)) for bucket, tensors in buckets(several))
-        for bucket, noisy in one_ahead(sums):
+        for bucket, noisy in prefetch(sums):
             yield from zip(bucket, map(like, bucket, noisy.whole(add_noise)), strict=True)
 
 

@@ -53,7 +53,7 @@ def buckets(tensors: Iterable[tuple[Key, Tensor]]) -> Iterator[tuple[list[Key], 
         yield keys, bucket
 
 
-def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+def prefetch(items: Iterable[Item]) -> Iterator[Item]:
     """Yields each item when the next one has been made."""
     before: list[Item] = []
     for item in items:

@@ -77,7 +77,7 @@ UNWATCHED = Unwatched()
 
 
 @dataclass
-class Plan(Unwatched):
+class StepProfile(Unwatched):
     """All layers of the steps that ran while it was being made; see `GradSampleHooksFastGradientClipping.plan`.
 
     ``print(plan)`` gives a table. On CUDA the device is synchronized before each reading of the clock, so that steps take longer
@@ -94,7 +94,7 @@ class Plan(Unwatched):
     _last: float = field(default=0.0, repr=False)
 
     @contextmanager
-    def watching(self, device: torch.device) -> Iterator[Plan]:
+    def watching(self, device: torch.device) -> Iterator[StepProfile]:
         """A context whose duration is that of the plan."""
         self._device = device
         start = self._last = self._clock()

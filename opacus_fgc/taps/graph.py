@@ -39,8 +39,9 @@ def reached_by(
 ) -> Reached:
     """What something depends on but for what taps stand for.
 
-    Gradients of parameters past their taps would escape the norms: a weight used by another module than its own (``F.linear(x,
-    embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not the child.
+    Gradients of parameters past their taps would be missing from the norms: a weight used by another module than its own
+    (``F.linear(x, embedding.weight)``), a penalty on the weights inside the loss, a module that calls a child's weight and not
+    the child.
 
     Args:
         outputs: a loss, or what a module returned; with their autograd graph.

@@ -1,4 +1,4 @@
-"""Trials: forwards on a few samples that show, before the first step, which parameters escape their taps."""
+"""Trials: forwards on a few samples that show, before the first step, which parameters are used outside of their layers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from opacus_fgc.taps.lookup import (
 )
 from opacus_fgc.taps.model import TRIAL, TappedModel
 
-_WAYS: tuple[Any, ...] = (None, ByOperation, Functorch)
-"""What is tried in turn, after a registered sampler, where a parameter escapes."""
+_KINDS: tuple[Any, ...] = (None, ByOperation, Functorch)
+"""What is tried in turn, after a registered sampler, where a parameter is used outside of its layer."""
 
 
 class TriedModel(TappedModel):
     """A tapped model that has tried its taps before its first forward.
 
-    One forward of two samples shows whether something escapes them: a parameter that is used past its layer, or in a way that
-    cannot be caught. Then its module is tapped in another way.
+    A forward of two samples shows which parameters are used outside of their layers, or in operations that cannot be tapped.
+    Their modules are then tapped by another sampler.
     """
 
     def _verify(self, record: Record, module: nn.Module, inputs: Any) -> None:
-        """Before the first forward: finds what escapes the taps, on two samples."""
+        """Before the first forward: finds parameters that are used outside of their layers, on two samples."""
         if module in self._facts.verified:
             return
         size = record.batch_size_seen
@@ -69,9 +69,9 @@ class TriedModel(TappedModel):
             yield
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
-        """Repeats a forward with other taps until nothing escapes them; says whether the forward works on these inputs."""
+        """Repeats a forward until its taps reach all parameters; says whether the forward works on these inputs."""
         while True:
-            works, escaped = True, set[Any]()
+            works, outside = True, set[Any]()
             with self.undisturbed(module, inputs):
                 try:
                     output = self._trial(module, inputs, size)
@@ -81,8 +81,8 @@ class TriedModel(TappedModel):
                     works = False
             if works:
                 outputs = [tensor for tensor in tensors_of(output) if not self._taps.ops.is_shared(tensor)]
-                escaped = self._untapped(outputs, tensors_of(inputs))
-            if not self._catch(escaped):
+                outside = self._untapped(outputs, tensors_of(inputs))
+            if not self._catch(outside):
                 return self.layout.on_all_ranks(works)
 
     def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
@@ -104,22 +104,22 @@ class TriedModel(TappedModel):
             # Casts of weights that it made are older than the user's forward, and come too late in backward for FSDP.
             torch.clear_autocast_cache()
 
-    def _catch(self, escaped: set[Any]) -> bool:
-        """Has modules whose parameters escaped the taps, on any rank, tapped in another way; says whether there are some."""
+    def _catch(self, outside: set[Any]) -> bool:
+        """Taps modules otherwise whose parameters are used outside, on any rank; says whether there are some."""
         layers = list(self.iterate_submodules(self._module))
-        ways = self.layout.all_reduce_max([self._next_way(layer, escaped) for layer in layers])
-        changes = {layer: _WAYS[way] for layer, way in zip(layers, ways, strict=True) if way}
-        changes = {layer: way for layer, way in changes.items() if not isinstance(self._sampler(layer), way)}
+        kinds = self.layout.all_reduce_max([self._next_kind(layer, outside) for layer in layers])
+        changes = {layer: _KINDS[kind] for layer, kind in zip(layers, kinds, strict=True) if kind}
+        changes = {layer: kind for layer, kind in changes.items() if not isinstance(self._sampler(layer), kind)}
         if changes:
-            self._facts.overruled.update((layer, way()) for layer, way in changes.items())
+            self._facts.overruled.update((layer, kind()) for layer, kind in changes.items())
             self._agree(self._module)
             self.remove_hooks()
             self.add_hooks()
         return bool(changes)
 
-    def _next_way(self, layer: nn.Module, escaped: set[Any]) -> int:
-        """The place in `_WAYS` of the way in which a layer is to be tapped; 0 if it is to stay as it is."""
-        if not escaped.intersection(self._facts.unsharded.named_parameters(layer, recurse=False).values()):
+    def _next_kind(self, layer: nn.Module, outside: set[Any]) -> int:
+        """The place in `_KINDS` of what a layer is to be tapped by; 0 if it is to stay as it is."""
+        if not outside.intersection(self._facts.unsharded.named_parameters(layer, recurse=False).values()):
             return 0
         return 1 if isinstance(self._sampler(layer), Registered) else 2
 
