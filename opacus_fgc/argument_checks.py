@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 from opacus.utils.module_utils import trainable_modules
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from opacus_fgc._compat.modules import NormBase, parameters_by_name
 from opacus_fgc.errors import PrivacyNotImplementedError
 from opacus_fgc.per_sample import PerSampleGradient
 
@@ -40,7 +40,7 @@ def describe(name: str, module: nn.Module) -> str:
 def refuse_running_statistics(model: nn.Module) -> None:
     """Raises a PrivacyNotImplementedError if a trainable layer keeps running statistics of the data."""
     for name, module in trainable_modules(model):
-        if isinstance(module, _NormBase) and module.track_running_stats:
+        if isinstance(module, NormBase) and module.track_running_stats:
             raise PrivacyNotImplementedError(
                 f"{describe(name, module)} is trainable and keeps running statistics in its buffers, which carry one "
                 "sample's data to another's output. Replace it (opacus.validators.ModuleValidator.fix does so), or "
@@ -51,7 +51,7 @@ def refuse_running_statistics(model: nn.Module) -> None:
 def refuse_hidden_parameters(model: nn.Module) -> None:
     """Raises a NotImplementedError if a trainable layer gives something else than its parameter when asked for it by name."""
     for path, layer in model.named_modules():
-        for name, param in layer._parameters.items():
+        for name, param in parameters_by_name(layer).items():
             if param is not None and param.requires_grad and getattr(layer, name, None) is not param:
                 raise NotImplementedError(
                     f"{describe(path, layer)} gives another tensor than its parameter when asked for '{name}', by a property "

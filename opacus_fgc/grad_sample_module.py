@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
+from opacus_fgc._compat.compiler import disable_dynamo
+from opacus_fgc._compat.opacus import set_norm_sample
 from opacus_fgc.argument_checks import check_loss_reduction, refuse_running_statistics
 from opacus_fgc.certificates.schedule import Certification, Schedule
 from opacus_fgc.clipping import FlatClipping
@@ -33,7 +34,7 @@ def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -
         max_batch_len: number of samples; 0 for an empty batch, of whatever shape its ``grad_sample`` is.
     """
     if param.requires_grad:
-        param._norm_sample = Dense(grad_sample[:max_batch_len]).norm()
+        set_norm_sample(param, Dense(grad_sample[:max_batch_len]).norm())
 
 
 class GradSampleHooksFastGradientClipping(Copies, ByHand):
@@ -191,7 +192,7 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
         >>> model.enable_hooks()                     # now in `summed_grad`
     """
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the model. With `torch.compile` around it, it runs as it is: compile the model before it is wrapped.
 

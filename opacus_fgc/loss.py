@@ -10,6 +10,7 @@ from typing import Any
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping as OpacusLoss
 from torch import Tensor
 
+from opacus_fgc._compat.opacus import wrapped_model
 from opacus_fgc.backward import Backward, book_keeping, double_backward
 from opacus_fgc.criterion.reduction import check_criterion
 from opacus_fgc.criterion.sample_losses import SampleLosses
@@ -48,7 +49,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         loss_reduction: str = "mean",
         backward: Backward = double_backward,
     ) -> None:
-        check_criterion(criterion, loss_reduction, list(module._module.parameters()))
+        check_criterion(criterion, loss_reduction, list(wrapped_model(module).parameters()))
         for owner, reduction in (("module", module.loss_reduction), ("optimizer", optimizer.loss_reduction)):
             if reduction != loss_reduction:
                 raise ValueError(
@@ -75,7 +76,7 @@ class DPLossFastGradientClipping(OpacusLoss):
     @contextmanager
     def _aside(self, inputs: Any) -> Iterator[None]:
         """A context for trying the criterion: the model, if it calls that, is not tapped, and comes out as it was."""
-        with self.module.hooks_set(False), self.module.undisturbed(self.module._module, inputs):
+        with self.module.hooks_set(False), self.module.undisturbed(wrapped_model(self.module), inputs):
             yield
 
     def __call__(self, *args: Any, shape: Sequence[int] | None = None, **kwargs: Any) -> DPTensorFastGradientClipping:
@@ -101,7 +102,7 @@ class DPLossFastGradientClipping(OpacusLoss):
             batch_first=self.module.batch_first,
             due=self.module.certification.schedule.is_due_at(self._calls),
             aside=partial(self._aside, (args, kwargs)),
-            model=self.module._module,
+            model=wrapped_model(self.module),
         )
         return DPTensorFastGradientClipping(
             self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward

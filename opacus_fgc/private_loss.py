@@ -8,8 +8,9 @@ import torch
 from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping as OpacusTensor
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
+from opacus_fgc._compat.overrides import DisableTorchFunctionSubclass
+from opacus_fgc._compat.pytree import tree_map_only
 from opacus_fgc.argument_checks import check_loss_reduction
 from opacus_fgc.backward import Backward, double_backward
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError
@@ -161,7 +162,7 @@ class DPTensorFastGradientClipping(Arithmetic, OpacusTensor, Tensor):
         return func(*args, **kwargs)
 
     def _number(self) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor)
 
     def backward(

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_fgc._compat.autograd import preserve_version_counter
+from opacus_fgc._compat.modules import buffers_by_name
+
 _OF_MODULES = frozenset(vars(nn.Module()))
 _VALUES = (bool, int, float, complex, str, bytes, type(None))
 
@@ -26,7 +29,7 @@ class ModelState:
 
     def __init__(self, model: nn.Module) -> None:
         self.values: dict[str, Any] = {}
-        self._buffers = {module: dict(module._buffers) for module in model.modules()}
+        self._buffers = {module: dict(buffers_by_name(module)) for module in model.modules()}
         self._attributes: list[tuple[dict, dict]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
@@ -70,8 +73,9 @@ class ModelState:
     def restore(self) -> None:
         """Makes all of it what it was."""
         for module, table in self._buffers.items():
-            module._buffers.clear()
-            module._buffers.update(table)
+            buffers = buffers_by_name(module)
+            buffers.clear()
+            buffers.update(table)
         for attributes, before in self._attributes:
             for name in attributes.keys() - before.keys() - _OF_MODULES:
                 del attributes[name]
@@ -116,7 +120,7 @@ def restored(model: nn.Module) -> Iterator[ModelState]:
     with ExitStack() as versions:
         for tensor, _ in before._tensors.values():
             with suppress(RuntimeError):  # of inference mode
-                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+                versions.enter_context(preserve_version_counter(tensor))
         try:
             yield before
         finally:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from opacus_fgc._compat.pytree import TreeSpec, tree_flatten, tree_unflatten
 from opacus_fgc.taps.tap import tensors_in
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_fgc._compat.functorch import is_functorch_tensor
 from opacus_fgc.certificates.criterion import check_independent_losses, check_reduced_loss
 from opacus_fgc.certificates.sketch import OUT_OF_MEMORY
 from opacus_fgc.criterion.arguments import Arguments
@@ -134,9 +135,7 @@ class SampleLosses:
         for part in modules or (self.criterion,):
             # Results that it keeps cannot be copied, and are not written to.
             kept = (value for value in getattr(part, "__dict__", {}).values() if isinstance(value, Tensor))
-            shared += [
-                value for value in kept if not value.is_leaf or torch._C._functorch.is_functorch_wrapped_tensor(value)
-            ]
+            shared += [value for value in kept if not value.is_leaf or is_functorch_tensor(value)]
         memo = {id(part): part for part in shared}
         try:
             now = copy.deepcopy(self.criterion, dict(memo))

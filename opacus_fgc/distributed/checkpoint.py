@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_map_only
 
+from opacus_fgc._compat.pytree import tree_map_only
 from opacus_fgc.distributed.mesh import sharded_like
 
 

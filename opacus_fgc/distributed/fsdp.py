@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
+from opacus_fgc._compat.distributed import gradient_divisors, meshes_of, require_fsdp
+
 
 class FSDP:
     """The FSDP2 modules of a model, and what there is no public way to: their mesh, and by what they divide gradients.
@@ -20,10 +22,15 @@ class FSDP:
 
     Attributes:
         modules: the modules.
+
+    Raises:
+        NotImplementedError: if there are some, and this torch has not the FSDP2 that is known here.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        if self.modules:
+            require_fsdp()
 
     def __bool__(self) -> bool:
         return bool(self.modules)
@@ -35,7 +42,7 @@ class FSDP:
         Raises:
             NotImplementedError: if there are several.
         """
-        meshes = {group.mesh_info.mesh for module in self.modules for group in _param_groups(module)}
+        meshes = {mesh for module in self.modules for mesh in meshes_of(module)}
         if len(meshes) > 1:
             raise NotImplementedError("the model's layers are sharded over several meshes; use one for all")
         (mesh,) = meshes
@@ -43,11 +50,7 @@ class FSDP:
 
     def over_gloo(self) -> list[Any]:
         """Those whose ranks tell each other sums over gloo."""
-        return [
-            module
-            for module in self.modules
-            if any(group.mesh_info.mesh.device_type == "cpu" for group in _param_groups(module))
-        ]
+        return [module for module in self.modules if any(mesh.device_type == "cpu" for mesh in meshes_of(module))]
 
     def reshard(self) -> None:
         """Gives up what is left whole of the outermost module after a forward without a backward, as of an evaluation."""
@@ -72,12 +75,10 @@ class FSDP:
             param.grad = None
         try:
             torch.autograd.backward(loss, retain_graph=retain_graph, inputs=[seen(param) for param in params])
-            scales = {
-                id(group): _divided_by(group, ranks) for module in self.modules for group in _param_groups(module)
-            }
-            if len(set(scales.values())) != 1:
+            scales = {divisor for module in self.modules for divisor in gradient_divisors(module, ranks)}
+            if len(scales) != 1:
                 raise NotImplementedError("FSDP modules with different gradient divide factors are not supported")
-            scale = next(iter(scales.values()))
+            (scale,) = scales
             missing = [param for param in params if param.grad is None]
             if missing:
                 raise RuntimeError(
@@ -89,17 +90,3 @@ class FSDP:
         finally:
             for param, gradient in zip(params, before, strict=True):
                 param.grad = gradient
-
-
-def _divided_by(group: Any, ranks: int) -> float:
-    if getattr(group, "reduce_scatter_reduce_op", None) is not None:
-        raise NotImplementedError(
-            "set_reduce_scatter_divide_factor is not supported; leave FSDP's mean over ranks as it is"
-        )
-    return float(getattr(group, "gradient_divide_factor", None) or ranks)
-
-
-def _param_groups(module: FSDPModule) -> list[Any]:
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return groups if groups is not None else [state._fsdp_param_group] if state._fsdp_param_group else []

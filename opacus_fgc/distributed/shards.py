@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils._pytree import tree_map_only
 
+from opacus_fgc._compat.modules import parameters_by_name, with_parameters
+from opacus_fgc._compat.pytree import tree_map_only
 from opacus_fgc.distributed.mesh import Axis, local, shard_rows
 from opacus_fgc.taps.hooks import Hook
 from opacus_fgc.taps.tap import Use, tensors_in
@@ -41,7 +42,7 @@ class Unsharded:
         self._parameters: dict[Tensor, Any] = {}
         self._fsdp = [module for module in model.modules() if isinstance(module, FSDPModule)]
         managed = {inner for module in self._fsdp for inner in module.modules()}
-        self._places = {module: dict(module._parameters) for module in managed}
+        self._places = {module: dict(parameters_by_name(module)) for module in managed}
 
     def watch(self, stand_ins: StandIns) -> list[Any]:
         """Puts hooks on the FSDP modules; returns what takes them off.
@@ -66,7 +67,7 @@ class Unsharded:
         inputs, self._inputs = self._inputs, []
         for inner in module.modules():
             for name, param in self._places[inner].items():
-                seen = inner._parameters[name]
+                seen = parameters_by_name(inner)[name]
                 if seen is not None and seen is not param and seen is not self.of(param):
                     self._seen[param], self._parameters[seen] = seen, param
                     stand_ins.add(param, seen)
@@ -142,9 +143,7 @@ def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
             "torch that does the same (nn.LayerNorm, nn.RMSNorm)"
         )
     inputs, outputs = _cuts_of_data(layer, cuts, params)
-    change: dict[str, Any] = {
-        "_parameters": {**layer._parameters, **{name: _detached(params[name]) for name in params}}
-    }
+    change: dict[str, Any] = {}
     local_uses = []
     for call, backprops in uses:
         activations = [_placed(tensor, inputs, mesh) for tensor in call.activations]
@@ -153,9 +152,8 @@ def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
             change.update(padding_idx=None, embedding_dim=local(params["weight"]).shape[1])
             activations[0], local_backprops[0] = _rows(layer, activations[0], local_backprops[0], mesh, cuts)
         local_uses.append(Use(call.with_activations(activations), tuple(local_backprops)))
-    stand_in: Any = object.__new__(plain_type(layer))
-    vars(stand_in).update({**vars(layer), **change})
-    return View(stand_in, local_uses, {name: stand_in._parameters[name] for name in params})
+    own = {name: _detached(param) for name, param in params.items()}
+    return View(with_parameters(layer, plain_type(layer), own, change), local_uses, own)
 
 
 def plain_type(layer: nn.Module) -> type:

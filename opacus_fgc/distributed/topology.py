@@ -18,11 +18,11 @@ from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import trainable_parameters
 from torch import nn
-from torch.distributed._composable.contract import _get_registry
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from opacus_fgc._compat.distributed import is_replicated
 from opacus_fgc.argument_checks import describe
 from opacus_fgc.distributed.fsdp import FSDP
 from opacus_fgc.distributed.mesh import Axis, groups
@@ -159,7 +159,7 @@ class Layout:
 
 def _refuse_other_wrappers(model: nn.Module) -> None:
     for module in model.modules():
-        replicated = "replicate" in (_get_registry(module) or {})
+        replicated = is_replicated(module)
         if replicated or isinstance(module, (DistributedDataParallel, FullyShardedDataParallel, nn.DataParallel)):
             name = "replicate" if replicated else type(module).__name__
             raise PrivacyNotImplementedError(

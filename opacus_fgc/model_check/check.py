@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from opacus_fgc._compat.compiler import uncompiled
+from opacus_fgc._compat.opacus import wrapped_model
 from opacus_fgc.certificates.model_state import restored
 from opacus_fgc.loss import DPLossFastGradientClipping
 from opacus_fgc.model_check.comparison import compared, steps
@@ -86,8 +88,7 @@ def check(
     if not modes or not set(modes) <= set(MODES):
         raise ValueError(f"grad_sample_mode is {grad_sample_mode!r}; what can be checked is {', '.join(MODES)}")
     wrapper = model if isinstance(model, (AbstractGradSampleModule, GradSampleHooks)) else None
-    inner = model if wrapper is None else wrapper._module
-    inner = getattr(inner, "_orig_mod", inner)
+    inner = uncompiled(model if wrapper is None else wrapped_model(wrapper))
     if any(isinstance(param, DTensor) for param in inner.parameters()):
         raise NotImplementedError(
             "the model lies over several processes, and all is done on copies in one; check it before fully_shard and "

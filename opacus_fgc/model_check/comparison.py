@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opacus_fgc._compat.opacus import norm_sample
 from opacus_fgc.certificates.model_state import restored
 from opacus_fgc.grad_sample_module import GradSampleModuleFastGradientClipping
 from opacus_fgc.loss import DPLossFastGradientClipping
@@ -74,7 +75,7 @@ def steps(
     for mode in modes:
         private.clipped_backward = MODES[mode]
         losses, sums = clipped_sum(samples)
-        norms = {name: param._norm_sample for name, param in params.items()}
+        norms = {name: norm_sample(param) for name, param in params.items()}
         coefficients = wrapped.clipping.coefficients(wrapped.per_sample_gradient_norms)
         moved = [_moved(sums, clipped_sum, samples, sample) for sample in samples]
         steps.append(_Steps(losses, norms, coefficients, sums, _largest(moved)))

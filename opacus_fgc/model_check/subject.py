@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from opacus_fgc._compat.pytree import tree_leaves, tree_map_only
 from opacus_fgc.taps.tap import tensors_in
 
 

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
-from opacus.optimizers.optimizer import _generate_noise, _mark_as_processed
 from torch import Tensor
 
+from opacus_fgc._compat.opacus import generate_noise, mark_as_processed
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.distributed.agreement import check_agreement
 from opacus_fgc.distributed.clipped_sums import noisy_total, privatized_gradients
@@ -54,7 +54,7 @@ class NoisyOptimizer(OpacusOptimizer):
             return torch.view_as_complex(self.with_noise(torch.view_as_real(values.resolve_conj()), std))
         if isinstance(self.generator, SecureGenerator):
             return self.generator.add_normal(values, std)
-        return values + _generate_noise(std=std, reference=values, generator=self.generator)
+        return values + generate_noise(std=std, reference=values, generator=self.generator)
 
     def add_noise(self) -> None:
         """Writes the clipped sum plus noise to the gradients.
@@ -90,7 +90,7 @@ class NoisyOptimizer(OpacusOptimizer):
             raise refused
         for param, gradient in privatized_gradients(layout, self.params, partial(self.with_noise, std=std)):
             param.grad = gradient.to(param.dtype)
-            _mark_as_processed(param.summed_grad)
+            mark_as_processed(param.summed_grad)
 
     def scale_grad(self) -> None:
         """Divides the noisy sum by the number of samples that is expected on all ranks, with ``loss_reduction="mean"``."""

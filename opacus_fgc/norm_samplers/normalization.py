@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opacus_fgc._compat.modules import dims_without_batch
 from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_norm_sampler
 from opacus_fgc.per_sample import Dense
 from opacus_fgc.per_sample.precision import at_least_float32
@@ -81,5 +82,5 @@ def group_norm(layer: nn.GroupNorm, activations: list[Tensor], backprops: Tensor
 @register_norm_sampler([nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d])
 def instance_norm(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
     """A group norm with a group for each channel."""
-    refuse_unbatched(backprops, 1 + layer._get_no_batch_dim())
+    refuse_unbatched(backprops, 1 + dims_without_batch(layer))
     return _of_channels(layer, activations, backprops, layer.num_features)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opacus_fgc._compat.backends import fp32_precision_getter
+
 # The dtypes whose rounding is not small against a privacy guarantee, and what takes their place.
 _WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
@@ -174,11 +176,7 @@ def _settings() -> Iterator[_Setting]:
     }
     for (device, operation), module in modules.items():
         if hasattr(module, "fp32_precision"):
-            # What the attribute asks, by a way that takes a tenth of the time.
-            ask, backend = getattr(torch._C, "_get_fp32_precision_getter", None), getattr(module, "backend", None)
-            get: Any = (
-                partial(ask, backend, operation) if ask and backend else partial(getattr, module, "fp32_precision")
-            )
+            get: Any = fp32_precision_getter(module, operation)
             # Of products, torch takes the settings of one device for those of others.
             concerns = "" if operation == "matmul" else device
             yield _Setting(

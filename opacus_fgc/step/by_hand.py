@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from opacus_fgc._compat.overrides import DisableTorchFunctionSubclass
+from opacus_fgc._compat.pytree import tree_leaves
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.planner import NOTHING
@@ -52,7 +53,7 @@ class ClippingCoefficients(Tensor):
         losses = [tensor for tensor in every if not isinstance(tensor, cls) and tensor.requires_grad]
         for loss in losses:
             own.check(loss)
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
             if losses or not isinstance(result, Tensor):
                 return result.as_subclass(Tensor) if isinstance(result, cls) else result

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from opacus_fgc._compat.opacus import norm_sample
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.step.nonfinite import NonFinitePolicy
 
@@ -62,6 +63,8 @@ class Copies:
         return {"model": model, "arguments": given, "own": own}
 
     def _with_private_attributes(self) -> list[Any]:
-        names = ("summed_grad", "_norm_sample")
-        params = self._module.parameters()
-        return [param for param in params if any(getattr(param, name, None) is not None for name in names)]
+        return [
+            param
+            for param in self._module.parameters()
+            if getattr(param, "summed_grad", None) is not None or norm_sample(param) is not None
+        ]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opacus_fgc._compat.opacus import set_norm_sample
 from opacus_fgc.argument_checks import check_forms, check_loss_reduction
 from opacus_fgc.certificates.model import CertifiedModel
 from opacus_fgc.distributed.norms import mark
@@ -92,7 +93,7 @@ class LayerNorms(CertifiedModel):
         except (ValueError, RuntimeError) as error:
             raise located(error, layer.name)  # noqa: B904
         for param, one in measured.items():
-            param._norm_sample = one.norm
+            set_norm_sample(param, one.norm)
         if self.record.looking and not all(is_finite(use.call.activations) for use in uses):
             self.record.first_not_finite = layer.name
         self._profile.measured(layer, uses, measured)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from opacus_fgc._compat.opacus import norm_sample, set_norm_sample
 from opacus_fgc.distributed.agreement import check_samples
 from opacus_fgc.distributed.norms import reduce_norms
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
@@ -42,10 +43,10 @@ class NormPass(LayerNorms):
             self._measure_unfinished()
             norms = reduce_norms(self.layout, self.record.norms(self.trainable_parameters), self.record.marks)
             for param, norm in norms.items():
-                param._norm_sample = norm
-        if any(getattr(param, "_norm_sample", None) is None for param in self.trainable_parameters):
+                set_norm_sample(param, norm)
+        norms_of_params = list(map(norm_sample, self.trainable_parameters))
+        if any(norm is None for norm in norms_of_params):
             raise RuntimeError("no per-sample norms: run forward and backward on the wrapped model first")
-        norms_of_params = [param._norm_sample for param in self.trainable_parameters]
         device = norms_of_params[0].device if norms_of_params else None
         self.per_sample_gradient_norms = row_norms(torch.stack([norm.to(device) for norm in norms_of_params], 1))
         return self.per_sample_gradient_norms

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from opacus.optimizers.optimizer import _check_processed_flag
 from torch import Tensor
 
+from opacus_fgc._compat.opacus import check_processed_flag, wrapped_model
 from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
@@ -25,7 +25,7 @@ def check_ready(module: GradSampleHooksFastGradientClipping, params: Sequence[An
     module.clipped_sum.check_norm(max_grad_norm)
     if not params:
         raise ValueError("none of the optimizer's parameters is trainable, so this step would train nothing")
-    names = {param: name for name, param in module._module.named_parameters()}
+    names = {param: name for name, param in wrapped_model(module).named_parameters()}
     missing = [
         names.get(param, f"one of shape {tuple(param.shape)} that the model does not have")
         for param in params
@@ -37,7 +37,7 @@ def check_ready(module: GradSampleHooksFastGradientClipping, params: Sequence[An
             "model was wrapped, or were cleared; wrap model and optimizer anew"
         )
     for param in params:
-        _check_processed_flag(param.summed_grad)
+        check_processed_flag(param.summed_grad)
     plain = [names[param] for param, found in zip(params, _not_zero(params), strict=True) if found]
     if plain:
         raise PrivacyValueError(

@@ -9,6 +9,7 @@ from typing import Any
 from opacus.utils.module_utils import trainable_parameters
 from torch import Tensor, nn
 
+from opacus_fgc._compat.autograd import gradient_hooks, post_accumulate_grad_hooks
 from opacus_fgc.distributed.shards import Unsharded
 from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.taps.graph import Reached, reached_by
@@ -117,5 +118,5 @@ def _check_outside(reached: Reached, brought: Mapping[Tensor, bool]) -> None:
 
 def _has_hooks(param: Any) -> bool:
     """Whether a parameter has gradient hooks besides those of wrapped models."""
-    others = [hook for hook in (param._backward_hooks or {}).values() if not isinstance(hook, GradientHook)]
-    return bool(others) or bool(getattr(param, "_post_accumulate_grad_hooks", None))
+    others = [hook for hook in gradient_hooks(param) if not isinstance(hook, GradientHook)]
+    return bool(others) or bool(post_accumulate_grad_hooks(param))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
+from opacus_fgc._compat.compiler import donates_buffers, set_donates_buffers
 
 
 class KeptBuffers:
@@ -18,12 +18,11 @@ class KeptBuffers:
     _before: ClassVar[bool] = True
 
     def __init__(self) -> None:
-        config: Any = torch._functorch.config
         if not KeptBuffers._living:
-            KeptBuffers._before = config.donated_buffer
+            KeptBuffers._before = donates_buffers()
         KeptBuffers._living += 1
         self._needed = True
-        config.donated_buffer = False
+        set_donates_buffers(False)
 
     def remove(self) -> None:
         """Gives the setting back, unless others need it."""
@@ -31,8 +30,7 @@ class KeptBuffers:
             self._needed = False
             KeptBuffers._living -= 1
             if not KeptBuffers._living:
-                config: Any = torch._functorch.config
-                config.donated_buffer = KeptBuffers._before
+                set_donates_buffers(KeptBuffers._before)
 
     __del__ = remove
 

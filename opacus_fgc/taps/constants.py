@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opacus_fgc._compat.autograd import version_of
+
 
 def constants_of(model: nn.Module) -> dict[Tensor, int]:
     """The tensors in plain attributes of modules, also within lists, dicts and dataclasses, that need no gradient.
@@ -26,7 +28,7 @@ def constants_of(model: nn.Module) -> dict[Tensor, int]:
     for module in model.modules():
         for name, value in vars(module).items():
             if name not in _OF_EVERY_MODULE:
-                found.update((tensor, tensor._version) for tensor in _tensors(value, seen))
+                found.update((tensor, version_of(tensor)) for tensor in _tensors(value, seen))
     return found
 
 

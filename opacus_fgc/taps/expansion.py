@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opacus_fgc._compat.autograd import version_of
 from opacus_fgc.taps.graph import leaves_of
 from opacus_fgc.taps.meeting import Meeting, NotCaughtError
 from opacus_fgc.taps.shared import size_of
@@ -93,7 +94,7 @@ class Expanding(Meeting):
                 sizes[axis] = 1
                 rows = self._expanded(expanded(tensor), size, dims, axis)
                 if not rows.requires_grad:
-                    rows._copied_version = rows._version  # type: ignore[attr-defined]
+                    rows._copied_version = version_of(rows)  # type: ignore[attr-defined]
                 # A copy may be written into.
                 return rows.clone() if copies else rows
         return expanded(tensor)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call, grad, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from opacus_fgc._compat.functorch import innermost_transform
+from opacus_fgc._compat.pytree import tree_flatten, tree_unflatten
 from opacus_fgc.norm_samplers.registry import Forms
 from opacus_fgc.per_sample import Dense, add
 from opacus_fgc.per_sample.precision import at_least_float32
@@ -155,7 +156,7 @@ _REPEATING: ContextVar[bool] = ContextVar("repeating", default=False)
 
 def is_repeating() -> bool:
     """Whether what runs is no forward of the user's, but a sampler that repeats one."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or _REPEATING.get()
+    return innermost_transform() is not None or _REPEATING.get()
 
 
 class Functorch:

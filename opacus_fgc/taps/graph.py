@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from opacus_fgc._compat.distributed import FSDP_NODE
 from opacus_fgc.errors import PrivacyNotImplementedError
 from opacus_fgc.taps.routes import moves_rows
-from opacus_fgc.taps.tap import FSDP_NODE, REENTRANT_NODE, TAP_NODE
+from opacus_fgc.taps.tap import REENTRANT_NODE, TAP_NODE
 
 
 class Reached(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_fgc._compat.modules import remove_forward_hooks
+
 
 class Hook:
     """A hook on a module. In a copy of the module, or in what is loaded from a file, there is one that does nothing.
@@ -76,11 +78,4 @@ def clear_copied(model: nn.Module) -> None:
     for param in model.parameters():
         vars(param).pop("summed_grad", None)
     for module in model.modules():
-        for hooks, *flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs, module._forward_hooks_always_called),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is does_nothing]:
-                del hooks[key]
-                for flag in flags:
-                    flag.pop(key, None)
+        remove_forward_hooks(module, does_nothing)

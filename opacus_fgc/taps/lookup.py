@@ -13,10 +13,9 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.layers.dp_multihead_attention import SequenceBias
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from opacus_fgc._compat.modules import PRIVATE_NAMES_BESIDE_FORWARD, ConvNd, InstanceNorm, parameters_by_name
 from opacus_fgc.distributed.shards import plain_type
 from opacus_fgc.norm_samplers.registry import Forms, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
@@ -129,7 +128,7 @@ def holds_only(layer: nn.Module, params: Mapping[str, Tensor]) -> bool:
         layer: the layer.
         params: its own parameters by name.
     """
-    own = layer._parameters
+    own = parameters_by_name(layer)
     there = all(param is None or param is params.get(name) for name, param in own.items())
     return (
         there and all(name in own for name in params) and not any(isinstance(v, Tensor) for v in vars(layer).values())
@@ -141,7 +140,7 @@ def _is_plain(layer: nn.Module) -> bool:
     own, kind = vars(layer), type(layer)
     return not (
         any(isinstance(value, Tensor) for value in own.values())
-        or any(param is not None and param.is_complex() for param in layer._parameters.values())
+        or any(param is not None and param.is_complex() for param in parameters_by_name(layer).values())
         or any(callable(inspect.getattr_static(kind, name, None)) for name in own)
     )
 
@@ -187,12 +186,12 @@ def _names_in(code: CodeType | None) -> Iterator[str]:
                 yield from _names_in(constant)
 
 
-_NOT_IN_FORWARD = frozenset(dir(object)) - {"__getattribute__", "__class__"} | {
+_NOT_IN_FORWARD = frozenset(dir(object)) - {"__getattribute__", "__class__"} | PRIVATE_NAMES_BESIDE_FORWARD
+_NOT_IN_FORWARD |= {
     *("__abstractmethods__", "__annotations__", "__constants__", "__copy__", "__deepcopy__", "__dict__", "__module__"),
     *("__firstlineno__", "__orig_bases__", "__parameters__", "__setstate__", "__slots__", "__static_attributes__"),
     *("__annotate__", "__annotate_func__", "__annotations_cache__", "__type_params__", "__weakref__", "_abc_impl"),
-    *("_get_name", "_load_from_state_dict", "_save_to_state_dict", "_version", "eval", "extra_repr", "load_state_dict"),
-    *("reset_parameters", "state_dict", "to", "train"),
+    *("eval", "extra_repr", "load_state_dict", "reset_parameters", "state_dict", "to", "train"),
 }
 """What a subclass may have of its own without doing anything else in its ``forward``."""
 
@@ -236,7 +235,7 @@ def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
     """
     if isinstance(layer, SequenceBias):
         return 0 if layer.batch_first else 1
-    if batch_first or isinstance(layer, (RNNLinear, _ConvNd, nn.GroupNorm, _InstanceNorm, nn.EmbeddingBag)):
+    if batch_first or isinstance(layer, (RNNLinear, ConvNd, nn.GroupNorm, InstanceNorm, nn.EmbeddingBag)):
         return 0
     if isinstance(layer, nn.Embedding):
         features = 0

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from opacus_fgc._compat.pytree import tree_flatten, tree_map_only, tree_unflatten
 from opacus_fgc.taps.attention import multi_head_attention
 from opacus_fgc.taps.functorch import norms_by_sample
 from opacus_fgc.taps.operation_samplers import BATCH_AXIS, REPEATED, Op, OpSampler, sampler_of

@@ -9,6 +9,7 @@ from typing import Any
 from opacus.layers.dp_rnn import DPRNNBase
 from torch import Tensor, nn
 
+from opacus_fgc._compat.compiler import is_compiled
 from opacus_fgc.argument_checks import describe, refuse_hidden_parameters
 from opacus_fgc.certificates.buffers import Buffers
 from opacus_fgc.certificates.entrances import Entrance
@@ -62,9 +63,7 @@ class TappedModel(Tapping):
         self._agree(model)
 
     def _is_compiled(self) -> bool:
-        return any(
-            hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in self._module.modules()
-        )
+        return any(map(is_compiled, self._module.modules()))
 
     def _look_for_compiled(self) -> None:
         """Puts the hooks on anew if a part of the model was compiled since."""

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from opacus_fgc._compat.pytree import tree_flatten, tree_unflatten
 from opacus_fgc.norm_samplers.conv import convolution
 from opacus_fgc.norm_samplers.embedding import embedding
 from opacus_fgc.norm_samplers.linear import linear, matrix

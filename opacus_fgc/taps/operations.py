@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 
+from opacus_fgc._compat.autograd import base_of, version_of
+from opacus_fgc._compat.compiler import disable_dynamo
 from opacus_fgc.taps.expansion import Expanding, Expansion
 from opacus_fgc.taps.meeting import JOINING, PRODUCTS, NotCaughtError, TapOp
 from opacus_fgc.taps.shared import NoData, is_copied, is_one, tensors_of_call
@@ -48,7 +49,7 @@ class OpTaps(Expanding):
         super().__init__(no_data, batch_first)
         self._tap_op, self._expansions, self._compiled = tap_op, expansions, compiled
 
-    @torch._disable_dynamo
+    @disable_dynamo
     def __torch_function__(
         self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -75,11 +76,11 @@ class OpTaps(Expanding):
             if func.__name__ in JOINING and is_one(tensors):
                 return self._join_copies(func, args, kwargs)
             if len(shared) == len(tensors) or (func.__name__ in _LIKE and self.is_shared(args[0])):
-                bases = [base for tensor in shared if (base := tensor._base) is not None and self.is_shared(base)]
-                before = [(tensor, tensor._version) for tensor in (*shared, *bases)]
+                bases = [base for tensor in shared if (base := base_of(tensor)) is not None and self.is_shared(base)]
+                before = [(tensor, version_of(tensor)) for tensor in (*shared, *bases)]
                 output = func(*args, **kwargs)
                 # Something shared that was written into something shared, or into a view of it.
-                self._mark([tensor for tensor, version in before if tensor._version != version])
+                self._mark([tensor for tensor, version in before if version_of(tensor) != version])
                 # What a layer computes from nothing but its own parameters stays between it and its tap.
                 own = all(tensor.requires_grad and tensor in self._others for tensor in shared)
                 return output if own or self._covered.intersection(shared) else self._mark(output)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_fgc._compat.autograd import is_kept, saved
+
 
 class _Unreadable(Exception):
     """Activation checkpointing has not kept it, and would run the forward again for it."""
@@ -21,15 +23,9 @@ class _Unreadable(Exception):
 
 def _saved(node: Any, name: str) -> Any:
     """What a node of the graph keeps under a name, read without recomputing anything."""
-    raw = getattr(node, f"_raw_saved_{name}", None)
-    for one in raw if isinstance(raw, (tuple, list)) else (raw,):
-        if one is None:
-            continue
-        # Torch before 2.8 does not show whether there is a hook.
-        unpack = getattr(one, "unpack_hook", _Unreadable)
-        if unpack is _Unreadable or "_checkpoint_hook" in getattr(unpack, "__qualname__", ""):
-            raise _Unreadable
-    return getattr(node, f"_saved_{name}")
+    if not is_kept(node, name):
+        raise _Unreadable
+    return saved(node, name)
 
 
 def _in_order(index: Tensor) -> bool:
@@ -46,7 +42,7 @@ def _mark_of(value: Any) -> Hashable:
 
 
 def _along(node: Any, axes: Collection[int], dim: str = "dim") -> bool:
-    value = getattr(node, f"_saved_{dim}")
+    value = saved(node, dim)
     # Autograd shows negative dimensions as unsigned numbers.
     value = value - 2**64 if value >= 2**63 else value
     return value < 0 or value in axes
@@ -77,8 +73,8 @@ def _kept(name: str) -> Callable[[Any, Collection[int]], Iterator[Any]]:
 
 
 def _by_sizes(node: Any, axes: Collection[int]) -> Iterator[Any]:
-    if _along(node, axes) and len(set(node._saved_split_sizes)) > 1:
-        yield node._saved_split_sizes
+    if _along(node, axes) and len(set(saved(node, "split_sizes"))) > 1:
+        yield saved(node, "split_sizes")
 
 
 _MOVING: dict[str, Callable[[Any, Collection[int]], Iterator[Any]]] = {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from opacus_fgc._compat.autograd import version_of
 from opacus_fgc.taps.tap import tensors_in
 
 
@@ -59,7 +60,7 @@ class SharedTensors(TorchFunctionMode):
         # Whatever is written into a tensor, also through a view of it, changes its version.
         marked = getattr(tensor, "_shared_version", None)
         marked = self._constants.get(tensor) if marked is None else marked
-        return (marked is not None and marked == tensor._version) or tensor in self.params or tensor in self._others
+        return (marked is not None and marked == version_of(tensor)) or tensor in self.params or tensor in self._others
 
     def leave_covered(self, inputs: Any, output: Any) -> None:
         """Told of a module with a tap of its own and all that is in it: on nothing but shared inputs, its output is shared."""
@@ -77,7 +78,7 @@ class SharedTensors(TorchFunctionMode):
 
     def _mark(self, output: Any) -> Any:
         for tensor in tensors_in(output):
-            tensor._shared_version = tensor._version  # type: ignore[attr-defined]
+            tensor._shared_version = version_of(tensor)  # type: ignore[attr-defined]
         return output
 
     def _mark_constant(self, output: Any) -> Any:
@@ -86,7 +87,7 @@ class SharedTensors(TorchFunctionMode):
         for tensor in tensors_in(output):
             axis = self._axis(tensor.dim())
             if size != 1 and tensor.dim() > axis and tensor.shape[axis] == size:
-                tensor._copied_version = tensor._version  # type: ignore[attr-defined]
+                tensor._copied_version = version_of(tensor)  # type: ignore[attr-defined]
             else:
                 self._mark(tensor)
         return output
@@ -95,7 +96,7 @@ class SharedTensors(TorchFunctionMode):
 def is_copied(tensor: Tensor) -> bool:
     """Whether a tensor is known to hold no data, though it has one row a sample."""
     marked = getattr(tensor, "_copied_version", None)
-    return marked is not None and marked == tensor._version and not tensor.requires_grad
+    return marked is not None and marked == version_of(tensor) and not tensor.requires_grad
 
 
 def is_one(tensors: list[Tensor]) -> bool:

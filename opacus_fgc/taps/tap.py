@@ -12,10 +12,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import RegisterPostBackwardFunction
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointFunction
 
+from opacus_fgc._compat.autograd import node_type
+from opacus_fgc._compat.pytree import TreeSpec, tree_flatten, tree_unflatten
 from opacus_fgc.errors import PrivacyNotImplementedError
 
 
@@ -214,10 +214,9 @@ class Tap(torch.autograd.Function):
         return (None, None, *backprops, *[None] * ctx.activation_count)
 
 
-# The types of nodes in the graph.
-TAP_NODE: Any = Tap._backward_cls
-REENTRANT_NODE: Any = CheckpointFunction._backward_cls
-FSDP_NODE: Any = RegisterPostBackwardFunction._backward_cls
+# The types of nodes in the graph; what FSDP puts there is `_compat.distributed.FSDP_NODE`.
+TAP_NODE: Any = node_type(Tap)
+REENTRANT_NODE: Any = node_type(CheckpointFunction)
 
 
 def tap(

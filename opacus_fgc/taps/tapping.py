@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map_only
 
+from opacus_fgc._compat.autograd import base_of, in_backward
+from opacus_fgc._compat.opacus import set_norm_sample
+from opacus_fgc._compat.pytree import tree_map_only
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.errors import PrivacyNotImplementedError, located
@@ -103,11 +105,9 @@ class Tapping(Assignment):
     def _receive(self, module: Any, call: Call, backprops: tuple[Tensor, ...]) -> None:
         raise NotImplementedError
 
-    @staticmethod
-    def _recomputing() -> bool:
-        # A forward that runs inside of a backward is activation checkpointing at work: a second look at the same use, which
-        # has to save what the first one saved, whichever pass it is.
-        return torch._C._current_graph_task_id() != -1
+    # A forward that runs inside of a backward is activation checkpointing at work: a second look at the same use, which
+    # has to save what the first one saved, whichever pass it is.
+    _recomputing = staticmethod(in_backward)
 
     def _tapping(self) -> bool:
         return torch.is_grad_enabled() and not is_repeating() and (self.hooks_enabled or self._recomputing())
@@ -117,7 +117,7 @@ class Tapping(Assignment):
         if self.record.phase is not Phase.FORWARD:
             self.record = Record(self.loss_reduction, Phase.FORWARD)
             for param in self.trainable_parameters:
-                param._norm_sample = None
+                set_norm_sample(param, None)
         return self.record
 
     def _give_up_record(self) -> None:
@@ -162,7 +162,7 @@ class Tapping(Assignment):
     def _check_shared(self, inputs: Any, size: int, axis: int, layer: Tapped) -> None:
         """Raises an error if a single row is known to be no input that the batch shares."""
         for tensor in tensors_in(inputs):
-            base = tensor._base
+            base = base_of(tensor)
             is_row = base is not None and not self._taps.ops.is_shared(base) and size_of(base, axis) == size
             if tensor.requires_grad or is_row:
                 raise PrivacyNotImplementedError(

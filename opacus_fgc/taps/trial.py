@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opacus_fgc._compat.compiler import call_uncompiled
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.model_state import restored
 from opacus_fgc.certificates.samples import some_samples, tensors_of
@@ -96,7 +97,7 @@ class TriedModel(TappedModel):
         args, kwargs = inputs
         try:
             # With all hooks, and not as it is compiled.
-            return module._call_impl(*args, **kwargs)
+            return call_uncompiled(module, *args, **kwargs)
         finally:
             self._taps.ops.leave()
             self._running.outermost = None

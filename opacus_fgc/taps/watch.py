@@ -7,13 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import _get_current_function_mode
-from torch.utils.checkpoint import _CheckpointFrame
 
+from opacus_fgc._compat.checkpointing import innermost_checkpoint
+from opacus_fgc._compat.overrides import current_function_mode
 from opacus_fgc.taps.shared import SharedTensors
-
-TOP_SAVED_TENSORS_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-"""Gives the innermost hooks on saved tensors, by which checkpoints are known; None in older torch, which does not tell."""
 
 
 class ForwardWatch(SharedTensors):
@@ -50,14 +47,14 @@ class ForwardWatch(SharedTensors):
         if self.active and not self._again:
             self._batch_sizes.clear()
             # A copy of a model that was interrupted has been entered by none.
-            if _get_current_function_mode() is self:
+            if current_function_mode() is self:
                 self.__exit__(None, None, None)
                 if self._compiled:
                     self._stance.__exit__(None, None, None)
 
     def _catch_again(self) -> None:
         """Has operations caught also where activation checkpointing runs again what runs now: it need not be a module."""
-        frame = _checkpointing()
+        frame = innermost_checkpoint()
         if frame is None or isinstance(frame.recompute_fn, _Again):
             return
         frame.recompute_fn = _Again(self, self._batch_sizes[0], frame.recompute_fn)
@@ -86,11 +83,3 @@ class _Again:
     def __call__(self, *args: Any) -> None:
         with self._ops.again(self._batch_size):
             self._function(*args)
-
-
-def _checkpointing() -> _CheckpointFrame | None:
-    """What the innermost checkpoint knows of itself, in a part of a forward that is to run again."""
-    hooks = TOP_SAVED_TENSORS_HOOKS and TOP_SAVED_TENSORS_HOOKS(False)
-    cells = getattr(hooks[1], "__closure__", None) or () if hooks else ()
-    frames = (cell.cell_contents for cell in cells)
-    return next((frame for frame in frames if isinstance(frame, _CheckpointFrame)), None)
