@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_fgc import PrivacyEngine
+from opacus_fgc.certificates.backprops import draws_that_tell, weights
 from opacus_fgc.certificates.independence import replacements
 from opacus_fgc.certificates.model_state import ModelState, restored
-from opacus_fgc.certificates.ownership import draws_that_tell, weights
 from opacus_fgc.certificates.samples import Replacement, batch_size, mapped
 from opacus_fgc.certificates.schedule import Schedule
 from opacus_fgc.certificates.sketch import sketch
@@ -406,6 +406,16 @@ def test_a_parameter_hidden_from_everything(mode: str) -> None:
 # Rows
 
 
+def assert_clipped(module: Any, private: Any, *inputs: Tensor) -> None:
+    """One clipped backward pass equals the oracle."""
+    size = len(inputs[0])
+    oracle = reference(module._module, lambda output, _: squares(output).sum(), inputs, torch.zeros(size), size)
+    module.max_grad_norm = oracle.total_norm().median().item()
+    private(module(*inputs)).backward()
+    for name, wanted in oracle.clipped_sum(module.max_grad_norm).items():
+        torch.testing.assert_close(module._module.get_parameter(name).summed_grad, wanted, rtol=1e-10, atol=1e-10)
+
+
 def masked(net: Any, x: Tensor, mask: Tensor) -> Tensor:
     hidden = torch.zeros(*mask.shape, 3)
     hidden[mask] = net.a(x[mask])
@@ -413,18 +423,15 @@ def masked(net: Any, x: Tensor, mask: Tensor) -> Tensor:
 
 
 @both_modes
-def test_unpadded_rows_are_refused_whenever_they_differ(mode: str) -> None:
-    """Also at a pass that is not due, and though there are as many rows as in a batch that was right."""
+def test_unpadded_rows_belong_to_their_samples(mode: str) -> None:
+    """Also at a pass that is not due, and though there are as many rows as in a batch of samples of one length."""
     module, private = wrapped(Apply(masked, a=nn.Linear(D, 3)), squares, backward=MODES[mode])
     x = torch.randn(4, 5, D)
     even, uneven = (torch.arange(5) < torch.tensor(lengths)[:, None] for lengths in ([3, 3, 3, 3], [2, 4, 5, 1]))
     for _ in range(5):
         private(module(x, even)).backward()
         private.optimizer.zero_grad()
-    with pytest.raises(
-        NotImplementedError, match=r"layer 'a' \(Linear\): its rows are not samples.*row 2 belongs to sample 1.*mask"
-    ):
-        private(module(x, uneven)).backward()
+    assert_clipped(module, private, x, uneven)
 
 
 def routed(net: Any, x: Tensor) -> Tensor:
@@ -437,7 +444,7 @@ def routed(net: Any, x: Tensor) -> Tensor:
 
 
 @both_modes
-def test_routed_tokens_are_refused_whenever_they_differ(mode: str) -> None:
+def test_routed_tokens_belong_to_their_samples(mode: str) -> None:
     model = Apply(routed, a=nn.Linear(D, 3), b=nn.Linear(D, 3))
     module, private = wrapped(model, squares, backward=MODES[mode])
     x = torch.randn(4, 2, D)
@@ -446,25 +453,24 @@ def test_routed_tokens_are_refused_whenever_they_differ(mode: str) -> None:
         private(module(x)).backward()
         private.optimizer.zero_grad()
     x[..., 0] = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]])
-    with pytest.raises(NotImplementedError, match=r"layer '.' \(Linear\): its rows are not samples"):
-        private(module(x)).backward()
+    assert_clipped(module, private, x)
 
 
 LOOPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "of-features": lambda m, x: torch.cat([m.b(h) for h in m.a(x).split(1)]),
     "of-inputs": lambda m, x: m.b(torch.cat([m.a(x[n : n + 1]) for n in range(len(x))])),
+    "of-rows-without-a-batch": lambda m, x: torch.stack([m.b(m.a(row)) for row in x]),
+    "by-vmap": lambda m, x: m.b(torch.func.vmap(m.a)(x)),
 }
 
 
 @both_modes
 @pytest.mark.parametrize("name", LOOPS)
-def test_a_loop_over_the_samples_is_refused(name: str, mode: str) -> None:
+def test_a_loop_over_the_samples(name: str, mode: str) -> None:
     """A row by itself is not taken for an input that the batch shares."""
     model = Apply(LOOPS[name], a=nn.Linear(D, 3), b=nn.Linear(3, 2))
-    with pytest.raises(
-        NotImplementedError, match=r"layer '.' \(Linear\): it was called on a single row.*rows of all samples"
-    ):
-        attempt(mode, model, torch.randn(N, D))
+    module, private = wrapped(model, squares, backward=MODES[mode])
+    assert_clipped(module, private, torch.randn(N, D))
 
 
 @both_modes
@@ -719,7 +725,7 @@ def test_a_replacement_keeps_the_strides(batch_first: bool) -> None:
 def test_where_features_are_not_enlarged_each_half_is_replaced() -> None:
     for size in range(2, 9):
         (first,), (second,) = (
-            tries[:1] for tries in replacements(size, 0, set(), random.Random(size), enlarge=False, signs=(1, -1))
+            tries[:1] for tries in replacements(size, 0, set(), {}, random.Random(size), enlarge=False, signs=(1, -1))
         )
         assert sorted(first.chosen + second.chosen) == list(range(size))
         for replacement in (first, second):

@@ -86,18 +86,26 @@ class JoinedGraphs(nn.Module):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_joined_graphs_are_refused(mode: str) -> None:
+def test_joined_graphs(mode: str) -> None:
     sizes = [3, 4, 5, 2]
     starts = [sum(sizes[:graph]) for graph in range(len(sizes))]
-    rings = [
-        (start + i, start + (i + 1) % size) for start, size in zip(starts, sizes, strict=True) for i in range(size)
-    ]
+    rings = [torch.tensor([(i, (i + 1) % size) for i in range(size)]).mT for size in sizes]
     graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    module, criterion = wrapped(JoinedGraphs(), nn.CrossEntropyLoss(), backward=MODES[mode])
-    with pytest.raises(PrivacyError, match=r"its rows are not samples.*graphs in one batch"):
-        criterion(
-            module(torch.randn(sum(sizes), 4), torch.tensor(rings).mT, graph), torch.randint(3, (len(sizes),))
-        ).backward()
+    nodes, y, loss = torch.randn(sum(sizes), 4), torch.randint(0, 3, (len(sizes),)), nn.CrossEntropyLoss()
+    model = JoinedGraphs()
+    per_graph = []
+    for start, size, ring, label in zip(starts, sizes, rings, y, strict=True):
+        output = model(nodes[start : start + size], ring, torch.zeros(size, dtype=torch.long))
+        per_graph.append(torch.autograd.grad(loss(output, label[None]), list(model.parameters())))
+    norms = torch.stack([torch.cat([part.flatten() for part in gradient]).norm() for gradient in per_graph])
+    module, criterion = wrapped(model, loss, backward=MODES[mode])
+    module.max_grad_norm = norms.median().item()
+    together = torch.cat([ring + start for ring, start in zip(rings, starts, strict=True)], 1)
+    criterion(module(nodes, together, graph), y).backward()
+    coef = (module.max_grad_norm / norms).clamp(max=1)
+    for param, *parts in zip(model.parameters(), *per_graph, strict=True):
+        wanted = sum(factor * part for factor, part in zip(coef, parts, strict=True))
+        torch.testing.assert_close(param.summed_grad, wanted, rtol=1e-10, atol=1e-10)
 
 
 class Nodes(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from opacus_fgc.certificates.model_state import ModelState
-from opacus_fgc.certificates.samples import tensors_of
+from opacus_fgc.certificates.samples import tensors_by_path
 
 
 class RandomStates:
@@ -57,6 +58,7 @@ class Entrance:
         modes: which of the modules were training.
         state: the argument.
         forward: what this call came by, where that was noted.
+        rows: the layer, and which of its calls, that was called on an input of the model as it is, by the input's path.
     """
 
     def __init__(
@@ -73,12 +75,34 @@ class Entrance:
         self.inputs = (args, kwargs)
         self.modes = tuple(module.training for module in modules)
         self._modules = modules
-        self._devices = sorted({t.device for t in tensors_of(self.inputs) if t.device.type == "cuda"}, key=str)
+        self.rows: dict[str, tuple[Any, int]] = {}
+        self._calls: Counter[Any] = Counter()
+        tensors = tensors_by_path(self.inputs)
+        self._addresses = {_address(tensor): path for path, tensor in tensors.items()}
+        self._devices = sorted({t.device for t in tensors.values() if t.device.type == "cuda"}, key=str)
         self._random = RandomStates(self._devices)
         self._autocast = [
             (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
             for device in {"cpu", *(device.type for device in self._devices)}
         ]
+
+    def enter(self, layer: Any, tensors: Sequence[Tensor]) -> int:
+        """Told of the call of a layer in it.
+
+        Args:
+            layer: the layer, or what stands for a tapped operation.
+            tensors: what it is called on.
+
+        Returns:
+            Which of the layer's calls it is, from 0 on.
+        """
+        number = self._calls[layer]
+        self._calls[layer] += 1
+        for tensor in tensors:
+            path = self._addresses.get(_address(tensor)) if tensor.is_leaf else None
+            if path is not None:
+                self.rows.setdefault(path, (layer, number))
+        return number
 
     @contextmanager
     def again(self, keep: bool) -> Iterator[RandomStates]:
@@ -108,6 +132,10 @@ class Entrance:
             for module, training in zip(self._modules, modes, strict=True):
                 module.training = training
             random_states.restore()
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), tensor.numel()
 
 
 def _forget(tensor: Tensor) -> None:

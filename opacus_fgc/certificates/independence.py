@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
-from torch import Tensor
-
+from opacus_fgc.certificates.comparison import Comparison
 from opacus_fgc.certificates.observations import Forward, Run, Seen
+from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.certificates.samples import Replacement
-from opacus_fgc.certificates.sketch import OUT_OF_MEMORY, REPEATS, differ, owners, raise_on_all_ranks, rounded
+from opacus_fgc.certificates.sketch import OUT_OF_MEMORY, REPEATS, differ, raise_on_all_ranks
 from opacus_fgc.errors import PrivacyNotImplementedError
 
 
 def replacements(
-    size: int, axis: int, shared: set[str], generator: random.Random, enlarge: bool, signs: Sequence[int]
+    size: int,
+    axis: int,
+    shared: set[str],
+    owned: Mapping[str, Owned],
+    generator: random.Random,
+    enlarge: bool,
+    signs: Sequence[int],
 ) -> list[list[Replacement]]:
     """Half of the samples replaced by others: for each sign what is tried in turn, until a forward can be compared.
 
@@ -29,6 +33,7 @@ def replacements(
         size: number of samples.
         axis: the axis that counts them.
         shared: paths of inputs that are known to have no samples in them.
+        owned: whose the rows of inputs are, by their paths, where these are not the samples in order.
         generator: chooses the samples.
         enlarge: whether features may be enlarged, so that what is an index then fails with an error, and does no more.
         signs: of the enlarged features; or which half.
@@ -43,7 +48,7 @@ def replacements(
         chosen, source = (half, in_other) if first else (other, in_half)
         larger = ((sign * 1024.0, True), (sign * 1024.0, False)) if enlarge else ()
         return [
-            Replacement(size, chosen, [source] * len(chosen), axis, factor, every, vectors, shared)
+            Replacement(size, chosen, [source] * len(chosen), axis, factor, every, vectors, shared, owned)
             for factor, every in (*larger, (1.0, False))
             for vectors in (True, False)
         ]
@@ -55,7 +60,7 @@ def check_independence(
     name: str,
     tries: Sequence[Replacement],
     run: Run,
-    certified: Callable[[Any], bool],
+    comparison: Comparison,
     on_all_ranks: Callable[[bool], bool],
     recorded: Forward | None = None,
 ) -> None:
@@ -65,7 +70,7 @@ def check_independence(
         name: what to call the model in errors.
         tries: replacements of samples; the first one with which the forward does the same on tensors of the same shapes counts.
         run: runs the forward.
-        certified: of which layers the rows count: those that the loss depends on.
+        comparison: says what is the same for samples that are not replaced.
         on_all_ranks: whether something holds on all ranks that have to run as many forwards as each other.
         recorded: what the user's own forward came by. Where that shows no difference, one forward is enough.
 
@@ -74,7 +79,7 @@ def check_independence(
     """
     if on_all_ranks(recorded is not None):
         assert recorded is not None
-        if _agree(recorded, tries[0], run, certified, on_all_ranks):
+        if _agree(recorded, tries[0], run, comparison, on_all_ranks):
             return
     first, why = _tried(run, None)
     raise_on_all_ranks(
@@ -88,10 +93,10 @@ def check_independence(
     assert first is not None
     for replacement in tries:
         other, failed = _tried(run, replacement)
-        why = failed if other is None else _incomparable(first, other, replacement)
+        why = failed if other is None else _incomparable(first, other, replacement, comparison)
         if on_all_ranks(not why):
             assert other is not None
-            if on_all_ranks(not _rounds_otherwise(first, other, replacement, certified)):
+            if on_all_ranks(not _rounds_otherwise(first, other, replacement, comparison)):
                 break
             continue
         # Another number of rows may come of lengths among the inputs, and failures of values that have no meaning.
@@ -104,31 +109,31 @@ def check_independence(
             "Nothing may depend on the other samples of a batch: not which layers are called, nor on what shapes. "
             "Pass the batch in tensors (in tuples, lists, dicts, dataclasses) that have one row a sample"
         )
-    suspects = _changed(first, other, replacement, certified, None)
+    suspects = comparison.changed(first, other, replacement)
     if not on_all_ranks(not suspects):
         # Kernels that are not deterministic tell by how much.
         again = [run(None, None) for _ in range(REPEATS)]
-        if all(_structure(one) == _structure(first) for one in again):
-            suspects = _changed(first, other, replacement, certified, _differences(first, again))
+        if all(comparison.structure(one) == comparison.structure(first) for one in again):
+            suspects = comparison.changed(first, other, replacement, comparison.differences(first, again))
         raise_on_all_ranks(_mixing_error(suspects[0], replacement) if suspects else None, on_all_ranks)
-    _compare_states(name, first, other, run, certified, on_all_ranks)
+    _compare_states(name, first, other, run, comparison, on_all_ranks)
     if not on_all_ranks(not replacement.masks):
-        _compare_masks(first, replacement, run, certified, on_all_ranks)
+        _compare_masks(first, replacement, run, comparison, on_all_ranks)
 
 
 def _agree(
     recorded: Forward,
     replacement: Replacement,
     run: Run,
-    certified: Callable[[Any], bool],
+    comparison: Comparison,
     on_all_ranks: Callable[[bool], bool],
 ) -> bool:
     """Whether a forward with samples replaced does what the user's own did, to the bit; where not, why is to be seen."""
     other, _ = _tried(run, replacement)
     same = (
         other is not None
-        and not _incomparable(recorded, other, replacement)
-        and not _changed(recorded, other, replacement, certified, None)
+        and not _incomparable(recorded, other, replacement, comparison)
+        and not comparison.changed(recorded, other, replacement)
         and not recorded.after.differs_from(other.after)
         and not replacement.masks
     )
@@ -139,31 +144,24 @@ def _compare_masks(
     first: Forward,
     replacement: Replacement,
     run: Run,
-    certified: Callable[[Any], bool],
+    comparison: Comparison,
     on_all_ranks: Callable[[bool], bool],
 ) -> None:
     """The same with other masks. Models ask whether a mask masks anything, and run other kernels then, that round otherwise."""
     shorter = replace(replacement, shorten=True)
     other, _ = _tried(run, shorter)
     error = None
-    if other is not None and _structure(first) == _structure(other):
-        suspects = _changed(first, other, shorter, certified, _rounding(first))
+    if other is not None and comparison.structure(first) == comparison.structure(other):
+        suspects = comparison.changed(first, other, shorter, comparison.rounding(first))
         error = _mixing_error(suspects[0], shorter) if suspects else None
     raise_on_all_ranks(error, on_all_ranks)
 
 
-def _rounds_otherwise(
-    first: Forward, other: Forward, replacement: Replacement, certified: Callable[[Any], bool]
-) -> bool:
+def _rounds_otherwise(first: Forward, other: Forward, replacement: Replacement, comparison: Comparison) -> bool:
     """Whether other lengths of samples have rows computed in other groups, which round otherwise; what is more is mixing."""
-    if not replacement.numbers or not _changed(first, other, replacement, certified, None):
+    if not replacement.numbers or not comparison.changed(first, other, replacement):
         return False
-    return not _changed(first, other, replacement, certified, _rounding(first))
-
-
-def _rounding(forward: Forward) -> list[list[Tensor]]:
-    """What other kernels may make of rows, for each tensor and axis."""
-    return [[2**6 * one.eps * sketch[:, 2:].nan_to_num() for sketch in one.sketches] for one in forward.seen]
+    return not comparison.changed(first, other, replacement, comparison.rounding(first))
 
 
 def _tried(run: Run, replacement: Replacement | None) -> tuple[Forward | None, str]:
@@ -176,41 +174,15 @@ def _tried(run: Run, replacement: Replacement | None) -> tuple[Forward | None, s
         return None, f"the forward fails {on}: {type(error).__name__}: {error}"
 
 
-def _incomparable(first: Forward, other: Forward, replacement: Replacement) -> str:
+def _incomparable(first: Forward, other: Forward, replacement: Replacement, comparison: Comparison) -> str:
     """Why two forwards cannot be compared; nothing if they can."""
     if not replacement.replaced and replacement.size:
         if replacement.opaque:
             return f"what is in {', '.join(sorted(replacement.opaque))} does not show"
         return f"none of its inputs has a row for each of the {replacement.size} samples"
-    if _structure(first) != _structure(other):
+    if comparison.structure(first) != comparison.structure(other):
         return "with samples replaced by others of the batch, other layers are called, or on other shapes"
     return ""
-
-
-def _structure(forward: Forward) -> list[Any]:
-    samples = [None if one.samples is None else tuple(one.samples.tolist()) for one in forward.seen]
-    return [(one.key, one.shape, order) for one, order in zip(forward.seen, samples, strict=True)]
-
-
-def _differences(first: Forward, others: Sequence[Forward]) -> list[list[Tensor]]:
-    """By how much forwards that should be the same differ, a number for each tensor, axis and column, and rounding if they do."""
-    differences = [
-        [
-            torch.stack([(a - other.seen[place].sketches[axis]).nan_to_num().abs() for other in others])
-            .amax(0)
-            .amax(0, keepdim=True)
-            if len(a)
-            else a
-            for axis, a in enumerate(one.sketches)
-        ]
-        for place, one in enumerate(first.seen)
-    ]
-    if not any(bool(difference.any()) for of_one in differences for difference in of_one):
-        return differences
-    return [
-        [difference + rounded(a) / 8 if len(a) else a for difference, a in zip(of_one, one.sketches, strict=True)]
-        for of_one, one in zip(differences, first.seen, strict=True)
-    ]
 
 
 def _mixing_error(where: Seen, replacement: Replacement) -> NotImplementedError:
@@ -222,54 +194,12 @@ def _mixing_error(where: Seen, replacement: Replacement) -> NotImplementedError:
     )
 
 
-def _changed(
-    first: Forward,
-    other: Forward,
-    replacement: Replacement,
-    certified: Callable[[Any], bool],
-    noise: list[list[Tensor]] | None,
-) -> list[Seen]:
-    """What is not the same for samples that were not replaced."""
-    result = []
-    for place, (one, two) in enumerate(zip(first.seen, other.seen, strict=True)):
-        if one.key is not None and not certified(one.key):
-            continue
-        # Of what a model returns any axis may count the samples.
-        wrong = [
-            _kept_rows_differ(a, b, replacement, one.samples, None if noise is None else noise[place][axis])
-            for axis, (a, b) in enumerate(zip(one.sketches, two.sketches, strict=True))
-            if one.key is not None or len(a) == replacement.size
-        ]
-        if wrong and all(wrong):
-            result.append(one)
-    return result
-
-
-def _kept_rows_differ(
-    first: Tensor, second: Tensor, replacement: Replacement, samples: Tensor | None, noise: Tensor | None
-) -> bool:
-    expected = owners(len(first), replacement.size, samples)
-    if expected is None and len(first) != 1:
-        # Nobody knows whose these rows are; backward refuses them.
-        return False
-    # One row is shared by the batch.
-    chosen = torch.tensor(replacement.chosen, device="cpu")
-    kept = torch.ones(1, dtype=torch.bool, device="cpu") if expected is None else ~torch.isin(expected, chosen)
-    kept = kept.to(first.device)
-    a, b = first[kept], second[kept]
-    different = differ(a, b)
-    if noise is not None:
-        allowed = noise[kept] if len(noise) == len(first) else noise
-        different &= ((a - b).nan_to_num().abs() > 8 * allowed).any(1)
-    return bool(different.any())
-
-
 def _compare_states(
     name: str,
     first: Forward,
     other: Forward,
     run: Run,
-    certified: Callable[[Any], bool],
+    comparison: Comparison,
     on_all_ranks: Callable[[bool], bool],
 ) -> None:
     """Refuses data in buffers, and data in attributes that the next forward depends on."""
@@ -286,10 +216,10 @@ def _compare_states(
     if on_all_ranks(not changed):
         return
     one, two = run(None, first.after), run(None, other.after)
-    same = _structure(one) == _structure(two) and not any(
+    same = [(x.key, x.shape) for x in one.seen] == [(y.key, y.shape) for y in two.seen] and not any(
         bool(differ(a, b).any())
         for x, y in zip(one.seen, two.seen, strict=True)
-        if x.key is None or certified(x.key)
+        if x.key is None or comparison.certified(x.key)
         for a, b in zip(x.sketches, y.sketches, strict=True)
     )
     if not same:

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from opacus_fgc.argument_checks import describe
+from opacus_fgc.certificates.backprops import Backprops, draws_that_tell, weights
+from opacus_fgc.certificates.comparison import Comparison
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.independence import check_independence, replacements
 from opacus_fgc.certificates.model_state import ModelState, restored
 from opacus_fgc.certificates.observations import Forward, Observations
-from opacus_fgc.certificates.ownership import Backprops, check_owners, draws_that_tell, weights
+from opacus_fgc.certificates.ownership import Owned, find_owners
+from opacus_fgc.certificates.ownership_errors import order_error
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.schedule import Certification
-from opacus_fgc.certificates.sketch import forget_weights
+from opacus_fgc.certificates.sketch import forget_weights, raise_on_all_ranks
 from opacus_fgc.step.record import Record
-from opacus_fgc.taps.graph import Reached
+from opacus_fgc.taps.graph import Reached, before_call
 from opacus_fgc.taps.routes import arrangement
 from opacus_fgc.taps.trial import TriedModel
 
@@ -32,14 +36,28 @@ class Due(NamedTuple):
     Attributes:
         size: number of samples.
         structure: what is equal for passes that it is for.
+        moved: the indices by which rows move.
+        is_whole: whether samples are replaced, too; else it says whose the rows are, and no more.
         is_new: whether there was none for such passes.
-        draws: how many draws of loss weights tell the samples apart.
+        is_unknown: whether nobody but this pass knows whose its rows are.
+        draws: how many draws of loss weights are made.
     """
 
     size: int
     structure: Hashable
+    moved: Hashable
+    is_whole: bool
     is_new: bool
+    is_unknown: bool
     draws: int
+
+    @property
+    def comes_first(self) -> bool:
+        """Whether it is to be made before norms are taken.
+
+        Of what is new it tells better what is wrong than the norms' errors; and without owners some rows have no norms.
+        """
+        return self.is_new or self.is_unknown
 
 
 class CertifiedModel(TriedModel):
@@ -58,13 +76,16 @@ class CertifiedModel(TriedModel):
             reached: what their losses depend on.
             record: the state of the step.
         """
-        structure = self._structure(size, reached, record)
-        is_due, is_new = (
-            self.certification.schedule.is_due(size, structure),
-            self.certification.schedule.is_new(structure),
+        structure, moved = self._structure(size, reached, record), self._moved(reached, record)
+        schedule, dealt_out = self.certification.schedule, self.certification.dealt_out
+        whole, is_new = schedule.is_due(size, structure), schedule.is_new(structure)
+        unknown = bool(size) and (
+            not schedule.is_in_order(structure, moved)
+            or any(call.samples is None and (call.layer in dealt_out or call.rows % size) for call in reached.calls)
         )
-        due, new, draws = self.layout.all_reduce_max([is_due, is_new, draws_that_tell(size) if is_new else 1])
-        return Due(size, structure, bool(new), draws) if due else None
+        draws = draws_that_tell(size) if is_new or unknown else 1
+        due, new, dealt, draws = self.layout.all_reduce_max([whole, is_new, unknown, draws])
+        return Due(size, structure, moved, bool(due), bool(new), bool(dealt), draws) if due or dealt else None
 
     @contextmanager
     def _witnessed(self, certifying: bool = False) -> Iterator[Backprops]:
@@ -73,7 +94,8 @@ class CertifiedModel(TriedModel):
         Args:
             certifying: whether nothing else is to come of it.
         """
-        self.certification.witness, self.certification.certifying = Backprops(), certifying
+        self.certification.witness = Backprops(self.certification.by_position)
+        self.certification.certifying = certifying
         try:
             yield self.certification.witness
         finally:
@@ -81,7 +103,7 @@ class CertifiedModel(TriedModel):
 
     def certify(
         self, due: Due, loss_per_sample: Tensor, reached: Reached, loss_scale: float, plain: Backprops | None = None
-    ) -> None:
+    ) -> dict[Any, Owned]:
         """Proves that losses have per-sample gradients, and that their taps see them.
 
         Args:
@@ -90,6 +112,9 @@ class CertifiedModel(TriedModel):
             reached: what they depend on.
             loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
             plain: what the taps were shown of the losses as they are, if they were.
+
+        Returns:
+            Whose the rows are of calls whose rows are not the samples in order, by `Call.key`.
 
         Raises:
             NotImplementedError: if they do not, or it cannot be told.
@@ -102,29 +127,63 @@ class CertifiedModel(TriedModel):
                 self._backward_to_taps(loss, retain_graph=True)
             return backprops
 
-        check_owners(
+        owned = find_owners(
             size,
-            lambda exponents: weights(size, due.draws, choices, exponents),
+            due.draws,
+            lambda count, exponents: weights(size, count, choices, exponents),
             backward,
             plain,
+            self.certification.by_position,
+            self.record.batch_size_seen == 1,
             lambda key: self._tapped(key.layer).name,
             self.layout.on_all_ranks,
         )
+        raise_on_all_ranks(self._order_error(owned, size), self.layout.on_all_ranks)
+        self.certification.dealt_out.update(call.layer for call in owned)
+        if self.layout.on_all_ranks(not owned):
+            self.certification.schedule.found_in_order(due.structure, due.moved)
+        # Rows may belong to other losses than those of their own samples, which replaced samples alone show.
+        if due.is_whole or not self.layout.on_all_ranks(_keeps_samples(reached, owned, size)):
+            self._check_independence(due, reached, owned)
+        if due.is_whole:
+            self.certification.schedule.made(size, due.structure)
+        forget_weights()
+        return owned
+
+    def _order_error(self, owned: Mapping[Any, Owned], size: int) -> Exception | None:
+        """What is wrong with a layer that is called on the batch as it is, and whose rows belong to the losses of others."""
+        for call, (samples, _) in owned.items():
+            on_batch = call.entrance is not None and (call.layer, call.number) in call.entrance.rows.values()
+            row = next((row for row, sample in enumerate(samples.tolist()) if sample not in (-1, row)), None)
+            if on_batch and len(samples) == size and row is not None:
+                return order_error(self._tapped(call.layer).name, row, int(samples[row]))
+        return None
+
+    def _check_independence(self, due: Due, reached: Reached, owned: Mapping[Any, Owned]) -> None:
+        size, choices = due.size, self._choices()
         layers = {call.layer for call in reached.calls}
+        by_position = any(found.by_position for found in owned.values())
         # Where something is new both signs are tried, since a statistic of the batch may be compared with a number.
         signs = (1, -1) if due.is_new else (choices.choice((1, -1)),)
         for entrance in self._entrances(reached):
-            for tries in self._replacements(entrance, size, signs):
+            own = {(call.layer, call.number): found for call, found in owned.items() if call.entrance is entrance}
+            inputs = {
+                path: own[call]
+                for path, call in entrance.rows.items()
+                if call in own and len(own[call].samples) != size and own[call].is_in_order(size)
+            }
+            comparison = Comparison(layers.__contains__, self.certification.dealt_out, own)
+            # What was noted before it was known that positions are rows is of no use.
+            known = entrance.forward is not None and entrance.forward.size == size and not by_position
+            for tries in self._replacements(entrance, size, signs, inputs):
                 check_independence(
                     describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
                     tries,
                     partial(self._run_again, entrance, size),
-                    layers.__contains__,
+                    comparison,
                     self.layout.on_all_ranks,
-                    entrance.forward if entrance.forward is not None and entrance.forward.size == size else None,
+                    entrance.forward if known else None,
                 )
-        forget_weights()
-        self.certification.schedule.made(size, due.structure)
 
     def _choices(self) -> random.Random:
         if self.certification.choices is None:
@@ -138,11 +197,18 @@ class CertifiedModel(TriedModel):
 
     def _structure(self, size: int, reached: Reached, record: Record) -> Hashable:
         """What is equal for passes that one certificate is for."""
-        layers = {(call.layer, call.rows == size, call.samples is None) for call in reached.calls}
+        layers = {
+            (call.layer, call.rows == size, call.samples is None)
+            for call in reached.calls
+            if call.layer not in self.certification.dealt_out
+        }
         modes = {(entrance.module, entrance.modes) for entrance in self._entrances(reached)}
+        return size > 1, frozenset(layers), frozenset(modes), frozenset(record.changed_buffers)
+
+    def _moved(self, reached: Reached, record: Record) -> Hashable:
+        """The indices by which rows move."""
         known = {order.data_ptr() for order in record.orders}
-        moved = arrangement(reached.moving, self.batch_first, known)
-        return size > 1, frozenset(layers), frozenset(modes), frozenset(record.changed_buffers), moved
+        return arrangement(reached.moving, self.batch_first, known)
 
     @staticmethod
     def _entrances(reached: Reached) -> list[Entrance]:
@@ -152,11 +218,13 @@ class CertifiedModel(TriedModel):
         paths = {module: path for path, module in self._module.named_modules()}
         return describe(paths[entrance.module], entrance.module)
 
-    def _replacements(self, entrance: Entrance, size: int, signs: Sequence[int]) -> list[list[Replacement]]:
+    def _replacements(
+        self, entrance: Entrance, size: int, signs: Sequence[int], owned: Mapping[str, Owned]
+    ) -> list[list[Replacement]]:
         shared = self._facts.shared_inputs.setdefault(entrance.module, set())
         # On other devices an index out of range is an error that nothing recovers from.
         enlarge = all(tensor.device.type == "cpu" for tensor in tensors_of(entrance.inputs))
-        return replacements(size, 0 if self.batch_first else 1, shared, self._choices(), enlarge, signs)
+        return replacements(size, 0 if self.batch_first else 1, shared, owned, self._choices(), enlarge, signs)
 
     def _run_again(
         self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None
@@ -182,3 +250,17 @@ class CertifiedModel(TriedModel):
             finally:
                 self._running.seen = None
             return observations.of(tensors_of(output), self._module)
+
+
+def _keeps_samples(reached: Reached, owned: Mapping[Any, Owned], size: int) -> bool:
+    """Whether rows that are not the samples in order come of rows that are, or follow each other as the samples do."""
+    nodes = {call: node for call, node in zip(reached.calls, reached.nodes, strict=True) if call in owned}
+    several: dict[Any, list[Tensor]] = {}
+    for call in sorted(nodes, key=lambda call: call.number):
+        several.setdefault((call.entrance, call.layer), []).append(owned[call].samples)
+    in_order = {key: Owned(torch.cat(samples), False).is_in_order(size) for key, samples in several.items()}
+    for call, node in nodes.items():
+        before = before_call(node)
+        if not before and not in_order[call.entrance, call.layer]:
+            return False
+    return True

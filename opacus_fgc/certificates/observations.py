@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ class Seen(NamedTuple):
         sketches: its rows along each axis that may count samples, with their number.
         samples: the samples of its rows, where they are known.
         eps: of its dtype, or of that which autocast has it computed in.
+        call: which call of the layer it is of, from 0 on.
+        place: which of the tensors of that call it is.
     """
 
     key: Any
@@ -34,6 +37,8 @@ class Seen(NamedTuple):
     sketches: list[Tensor]
     samples: Tensor | None = None
     eps: float = 0.0
+    call: int = 0
+    place: int = 0
 
 
 class Observations:
@@ -49,6 +54,8 @@ class Observations:
     def __init__(self, size: int) -> None:
         self.seen: list[Seen] = []
         self._size = size
+        self._calls: Counter[Any] = Counter()
+        self._place = 0
         self._last: Callable[[], Tensor | None] = lambda: None
 
     def of(self, outputs: Sequence[Tensor], model: nn.Module) -> Forward:
@@ -63,6 +70,11 @@ class Observations:
             self.look_at(None, "what the model returns", tensor, axes)
         return Forward(self.seen, ModelState(model), self._size)
 
+    def begin_call(self, key: Any) -> None:
+        """Told of a call of a layer, whose tensors `look_at` gets next."""
+        self._calls[key] += 1
+        self._place = 0
+
     def look_at(self, key: Any, name: str, value: Tensor, axes: Sequence[int], samples: Tensor | None = None) -> None:
         """Keeps of a tensor what `check_independence` compares.
 
@@ -73,16 +85,20 @@ class Observations:
             axes: the axes that may count samples.
             samples: the samples of its rows, where they are known.
         """
+        call, place = self._calls[key] - 1, self._place
+        self._place += 1
         if value is self._last():
             # Layers that are called on one tensor, as those of queries, keys and values are, come after each other.
-            self.seen.append(self.seen[-1]._replace(key=key, name=name))
+            self.seen.append(self.seen[-1]._replace(key=key, name=name, call=call, place=place))
             return
         self._last = weakref.ref(value)
         axes = [axis for axis in axes if axis < value.dim()]
         device = value.device.type
         dtypes = [value.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]
         eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0 for dtype in dtypes)
-        self.seen.append(Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples, eps))
+        self.seen.append(
+            Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples, eps, call, place)
+        )
 
 
 class Forward(NamedTuple):

@@ -1,251 +1,203 @@
-"""The backward certificate: each row that a tap sees belongs to the sample that it is taken for, and to no other."""
+"""The backward certificate: whose each row is that a tap sees.
+
+Losses are weighted with powers of two, one for each sample. Backward is linear, so that a row of one sample is multiplied by its
+power, to the bit, and a row of several by none.
+"""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from opacus_fgc.certificates.sketch import REPEATS, differ, owners, raise_on_all_ranks, rounded, sketch
-from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
-
-EXPONENTS = tuple(exponent for exponent in range(-12, 13) if exponent)
-"""Of the powers of two that losses are weighted with."""
-
-FEW_EXPONENTS = (1, 2, 3)
-"""The same for float16, most of whose range backprops need for themselves."""
-
-
-# Backward
-
-
-class Output(NamedTuple):
-    """One output of a tapped call."""
-
-    call: Any
-    place: int
-
-
-class Backprops:
-    """What the taps of a step were shown in one backward pass, as sketches, in the order in which backward came to them.
-
-    Attributes:
-        sketches: of the backprops of each output.
-        half: whether there is float16 among them, whose range is too small for rounding to be that of all numbers.
-    """
-
-    def __init__(self) -> None:
-        self.sketches: dict[Output, Tensor] = {}
-        self.half = False
-
-    def see(self, call: Any, backprops: Sequence[Tensor]) -> None:
-        """Notes the backprops of the outputs of one call."""
-        self.half |= call.autocast == (True, torch.float16)
-        self.half |= any(backprop.dtype is torch.float16 for backprop in backprops)
-        for place, backprop in enumerate(backprops):
-            if backprop.dim() > call.batch_axis:
-                self.sketches[Output(call.key, place)] = sketch(backprop, call.batch_axis)
-
-
-def weights(size: int, draws: int, generator: random.Random, exponents: Sequence[int] = EXPONENTS) -> list[Tensor]:
-    """Powers of two, one for each sample, float64 of shape ``(N,)`` each; so many draws of them.
-
-    Several draws are digits: as long as they can, they give no two samples the same ones.
-    """
-    base = len(exponents)
-    # Distinct numbers, whose digits are the exponents.
-    numbers = generator.sample(range(base**draws), min(size, base**draws))
-    numbers += [generator.randrange(base**draws) for _ in range(size - len(numbers))]
-    digits = [[exponents[number // base**draw % base] for number in numbers] for draw in range(draws)]
-    return [
-        torch.tensor([2.0**exponent for exponent in of_draw], dtype=torch.float64, device="cpu") for of_draw in digits
-    ]
-
-
-def draws_that_tell(size: int) -> int:
-    """How many draws of weights tell all samples apart."""
-    return max(1, math.ceil(math.log(max(size, 2), len(EXPONENTS))))
-
+from opacus_fgc.certificates.backprops import EXPONENTS, FEW_EXPONENTS, Backprops, Output, draws_that_tell
+from opacus_fgc.certificates.noise import Noise, is_beyond, noise_of
+from opacus_fgc.certificates.ownership_errors import owner_error
+from opacus_fgc.certificates.sketch import REPEATS, differ, owners, raise_on_all_ranks
 
 Pass = Callable[[Tensor], Backprops]
 """A backward pass to the taps under loss weights, shape ``(N,)``."""
 
 
-def check_owners(
-    size: int,
-    draw: Callable[[Sequence[int]], list[Tensor]],
-    run: Pass,
-    plain: Backprops | None,
-    describe: Callable[[Any], str],
-    on_all_ranks: Callable[[bool], bool],
-) -> None:
-    """Proves that each row that a tap sees belongs to the sample that it is taken for, and to no other.
+class Owned(NamedTuple):
+    """Whose the rows of a call are.
 
-    Args:
-        size: number of samples.
-        draw: gives weights with some exponents; see `weights`.
-        run: runs a backward pass.
-        plain: what came of one under ones, if there was one.
-        describe: what to call a call's layer in errors.
-        on_all_ranks: whether something holds on all ranks that have to run as many passes as each other.
-
-    Raises:
-        NotImplementedError: if a row belongs to another sample, to several, or has a gradient that is not linear in the loss.
-        ValueError: if there are more losses than rows.
+    Attributes:
+        samples: the sample of each row, shape ``(rows,)``, on the CPU; -1 for rows without a gradient.
+        by_position: whether each position of the first two axes is a row, or each place along the batch axis.
     """
-    ones = torch.ones(size, dtype=torch.float64, device="cpu")
-    plain = run(ones) if plain is None else plain
-    draws = draw(FEW_EXPONENTS if plain.half else EXPONENTS)
-    weighted = [run(weights) for weights in draws]
-    suspects = _wrong_rows(size, draws, plain, weighted, None)
-    if on_all_ranks(not suspects):
-        return
-    # Kernels that are not deterministic, and numbers too small to be rounded as others are, do not tell.
-    noise = _noise(plain, [run(ones) for _ in range(REPEATS)])
-    noises = [_noise(one, [run(weights) for _ in range(REPEATS)]) for one, weights in zip(weighted, draws, strict=True)]
-    suspects = _wrong_rows(size, draws, plain, weighted, (noise, noises))
-    several = run(8 * ones)
-    error = _owner_error(size, draws, plain, weighted, several, noise, suspects[0], describe) if suspects else None
-    raise_on_all_ranks(error, on_all_ranks)
 
+    samples: Tensor
+    by_position: bool
 
-def _owner_error(
-    size: int,
-    draws: list[Tensor],
-    plain: Backprops,
-    weighted: list[Backprops],
-    several: Backprops,
-    noise: _Noise,
-    suspect: tuple[Output, list[int]],
-    describe: Callable[[Any], str],
-) -> Exception:
-    key, rows = suspect
-    layer, of_ones = describe(key.call), plain.sketches[key]
-    of_eights = several.sketches.get(key, of_ones)
-    if _is_beyond(of_eights - 8 * of_ones, 8 * of_ones, plain.half, 16 * noise.allowed(key, of_ones)).any():
-        return PrivacyNotImplementedError(
-            f"{layer} gets a gradient that is not linear in the loss: for 8 times the loss it is not 8 times as large. "
-            "Between this layer and the loss there is a gradient hook, or an autograd.Function with a backward of its "
-            "own, that clamps, normalizes or the like, so that clipping a sample's loss does not clip its gradient. "
-            "Remove it: each sample's gradient is clipped as a whole anyway"
+    def is_in_order(self, size: int) -> bool:
+        """Whether the rows follow each other as the samples do: any number for each, or all samples over and over.
+
+        Args:
+            size: number of samples.
+        """
+        own = self.samples >= 0
+        if not size or len(self.samples) % size:
+            return bool((self.samples[own].diff() >= 0).all())
+        rows = torch.arange(len(self.samples), device="cpu")
+        return any(
+            torch.equal(self.samples[own], expected[own])
+            for expected in (rows // (len(rows) // size or 1), rows % size)
         )
-    belongs = _owners_found(draws, of_ones, [one.sketches.get(key, of_ones) for one in weighted])
-    if belongs is not None and len(belongs) == size:
-        return PrivacyNotImplementedError(
-            f"{layer}: its rows are not samples, in the order of their losses: row {rows[0]} belongs to the loss of "
-            f"sample {belongs[rows[0]]}. Something selects, regroups, sorts or shifts samples before or after this "
-            f"layer. Keep rows and losses in the order of the batch, one row a sample. {PADDING}"
-        )
-    if belongs is not None:
-        return PrivacyNotImplementedError(
-            f"{layer}: its rows are not samples: it was called on {len(belongs)} rows for {size} samples, and they do not "
-            f"follow each other sample by sample, as many for each: row {rows[0]} belongs to sample {belongs[rows[0]]}. {PADDING}"
-        )
-    if size > len(of_ones) and size % len(of_ones) == 0:
-        return PrivacyValueError(
-            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows, and there are {size} losses. "
-            f"{TOKENS}. If the batch lies on another axis there, let it lie on the first (see batch_first). {PADDING}"
-        )
-    if len(of_ones) % size:
-        return PrivacyNotImplementedError(
-            f"{layer}: its rows are not samples: it was called on {len(of_ones)} rows for {size} samples, and several of "
-            "these have a part in one row. If the batch lies on another axis there, let it lie on the first (see batch_first). "
-            f"{PADDING}"
-        )
-    return PrivacyNotImplementedError(
-        f"{layer} gets a gradient of several samples in one row (row {rows[0]}), so something mixes samples: the "
-        "model, the criterion, or what is between this layer and the loss (a batch norm, a mean, a similarity or a "
-        "shift over the batch; negatives from the batch; a term of the whole batch in each loss); or its rows are not "
-        "samples (check batch_first). Then no sample has a gradient of its own. Let each sample's loss depend on that "
-        "sample alone"
-    )
 
 
-PADDING = (
-    "Where samples have different numbers of rows (layer(x[mask]), tokens that are routed, graphs in one batch), pad "
-    "them to the same number and use a mask. Where a batch is torch.cat of several views, call the layer once for each "
-    "view, or put the views on an axis of their own in the model's forward, (N, K, ...)"
-)
-"""What to do about layers whose rows are not the samples, or the same number of rows for each."""
+class _Evidence(NamedTuple):
+    """Backward passes of the same losses under several weights.
 
-TOKENS = "If the losses are those of flattened tokens, call the criterion with shape=(batch size, tokens, ...)"
-"""What to do about more losses than rows."""
+    Attributes:
+        draws: the weights, shape ``(N,)`` each.
+        plain: what the taps were shown under ones.
+        weighted: what they were shown under each draw.
+        noises: by how much such passes differ, under ones and under each draw; None if they are compared to the bit.
+    """
 
+    draws: list[Tensor]
+    plain: Backprops
+    weighted: list[Backprops]
+    noises: tuple[Noise, list[Noise]] | None = None
 
-_SMALLEST = 2.0**-100
-"""Sums of sizes below which rounding is not that of larger numbers; they are nothing beside any clipping norm."""
+    def differs(self, key: Output, expected: Tensor) -> Tensor:
+        """In which rows of an output something else came than a sample's gradient times its weight; shape ``(rows,)``.
 
-
-def _is_beyond(difference: Tensor, scale: Tensor, half: bool, allowed: Tensor) -> Tensor:
-    """In which rows a difference is more than what is allowed, and than rounding where numbers are too small, or float16."""
-    size = scale[:, 2:].nan_to_num()
-    # Much of what float16 has to hold lies below its smallest normal number.
-    tolerance = (size * 2.0**-3).clamp(min=2.0**-10) if half else torch.zeros_like(size)
-    difference = difference.nan_to_num().abs()
-    return (difference > tolerance + _SMALLEST).any(1) & (difference > allowed).any(1)
-
-
-def _wrong_rows(
-    size: int,
-    draws: list[Tensor],
-    plain: Backprops,
-    weighted: list[Backprops],
-    noises: tuple[_Noise, list[_Noise]] | None,
-) -> list[tuple[Output, list[int]]]:
-    """The outputs of which some rows are not what they have to be, and these rows."""
-    result = []
-    for key, of_ones in plain.sketches.items():
-        expected = owners(len(of_ones), size, key.call.samples)
-        if expected is None:
-            if len(of_ones) and bool((of_ones[:, 2] != 0).any()):
-                result.append((key, list(range(len(of_ones)))))
-            continue
+        Args:
+            key: the output.
+            expected: the sample of each row.
+        """
+        of_ones = self.plain.sketches[key]
         bad = torch.zeros(len(of_ones), dtype=torch.bool, device="cpu")
-        for place, (draw, one) in enumerate(zip(draws, weighted, strict=True)):
+        for place, (draw, one) in enumerate(zip(self.draws, self.weighted, strict=True)):
             factor = draw[expected].to(of_ones)[:, None]
             wanted, got = of_ones * factor, one.sketches.get(key, torch.zeros_like(of_ones))
             wrong = differ(wanted, got)
-            if noises is not None:
-                allowed = noises[0].allowed(key, of_ones) * factor + noises[1][place].allowed(key, got)
-                wrong &= _is_beyond(got - wanted, wanted, plain.half, allowed)
+            if self.noises is not None:
+                allowed = self.noises[0].allowed(key, of_ones) * factor + self.noises[1][place].allowed(key, got)
+                wrong &= is_beyond(got - wanted, wanted, self.plain.half, allowed)
             bad |= wrong.cpu()
-        if bad.any():
-            result.append((key, bad.nonzero().flatten().tolist()))
-    return result
+        return bad
 
 
-class _Noise(NamedTuple):
-    """By how much passes that should be the same differ, a number for each of the columns."""
+def find_owners(
+    size: int,
+    count: int,
+    draw: Callable[[int, Sequence[int]], list[Tensor]],
+    run: Pass,
+    plain: Backprops | None,
+    by_position: set[Any],
+    packed: bool,
+    describe: Callable[[Any], str],
+    on_all_ranks: Callable[[bool], bool],
+) -> dict[Any, Owned]:
+    """Proves that each row that a tap sees belongs to one sample, and finds out to which where it is not the one in its place.
 
-    of: dict[Output, Tensor]
-    deterministic: bool
+    Args:
+        size: number of samples.
+        count: how many draws of weights to begin with.
+        draw: gives so many weights with some exponents; see `backprops.weights`.
+        run: runs a backward pass.
+        plain: what came of one under ones, if there was one.
+        by_position: the layers of which each position is a row; those that are found to be such are added.
+        packed: whether a row may hold several samples, one after another.
+        describe: what to call a call's layer in errors.
+        on_all_ranks: whether something holds on all ranks that have to run as many passes as each other.
 
-    def allowed(self, key: Output, rows: Tensor) -> Tensor:
-        """By how much sketches of rows may differ from what they should be; shape ``(rows, 1)`` or ``(rows, 3)``."""
-        if self.deterministic:
-            return torch.zeros_like(rows[:, 2:])
-        return 8 * self.of.get(key, 0) + rounded(rows)
+    Returns:
+        The owners of the rows of those calls whose rows are not the samples in order, or as many for each; by `Call.key`.
+
+    Raises:
+        NotImplementedError: if a row belongs to several samples, or has a gradient that is not linear in the loss.
+        ValueError: if there are more losses than rows.
+    """
+    ones = torch.ones(size, dtype=torch.float64, device="cpu")
+
+    def evidence(count: int, plain: Backprops | None) -> _Evidence:
+        plain = run(ones) if plain is None else plain
+        draws = draw(count, FEW_EXPONENTS if plain.half else EXPONENTS)
+        return _Evidence(draws, plain, [run(weights) for weights in draws])
+
+    first = evidence(count, plain)
+    owned, left = _found(size, first, by_position)
+    if on_all_ranks(not left):
+        return owned
+    # Perhaps positions are rows, or the weights did not tell all samples apart.
+    several_axes = {key.call.layer for key, _ in left if packed and first.plain.dims[key] > 2} - by_position
+    by_position |= several_axes
+    second = evidence(draws_that_tell(size), None)
+    owned, still_left = _found(size, second, by_position)
+    if on_all_ranks(not still_left):
+        return owned
+    by_position -= several_axes
+    # Kernels that are not deterministic, and numbers too small to be rounded as others are, do not tell.
+    noise = noise_of(first.plain, [run(ones) for _ in range(REPEATS)])
+    noises = [
+        noise_of(one, [run(weights) for _ in range(REPEATS)])
+        for one, weights in zip(first.weighted, first.draws, strict=True)
+    ]
+    owned, left = _found(size, first._replace(noises=(noise, noises)), by_position)
+    eights = run(8 * ones)
+    error = None
+    if left:
+        key, row = left[0]
+        error = owner_error(size, first.plain, eights, noise, key, row, describe(key.call))
+    raise_on_all_ranks(error, on_all_ranks)
+    return owned
 
 
-def _noise(first: Backprops, others: Sequence[Backprops]) -> _Noise:
-    of = {
-        key: torch.stack(
-            [(value - other.sketches.get(key, value)).nan_to_num().abs().amax(0, keepdim=True) for other in others]
-        ).amax(0)
-        for key, value in first.sketches.items()
-        if len(value)
-    }
-    return _Noise(of, not any(bool(value.any()) for value in of.values()))
+def _found(size: int, evidence: _Evidence, by_position: set[Any]) -> tuple[dict[Any, Owned], list[tuple[Output, int]]]:
+    """The owners of the rows of calls whose rows are not the samples in order; and outputs of which a row has not one owner."""
+    found: dict[Any, Owned] = {}
+    left: list[tuple[Output, int]] = []
+    for key, of_ones in evidence.plain.sketches.items():
+        positions = key.call.layer in by_position and evidence.plain.dims[key] > 2
+        expected = owners(len(of_ones), size, key.call.samples)
+        if expected is not None and not positions and not evidence.differs(key, expected).any():
+            continue
+        samples = _owners_by_ratio(evidence, key)
+        of_others = found.get(key.call)
+        if of_others is not None:
+            samples = torch.where(samples < 0, of_others.samples, samples)
+        wrong = ((samples < -1) | _disagree(samples, of_others)).nonzero().flatten()
+        if len(wrong) or key.call.samples is not None:
+            # Of packed samples the order is known, and is another.
+            left.append((key, int(wrong[0]) if len(wrong) else 0))
+        else:
+            found[key.call] = Owned(samples, positions)
+    return found, left
 
 
-def _owners_found(draws: list[Tensor], plain: Tensor, weighted: list[Tensor]) -> list[int] | None:
-    """The sample that each row belongs to by its ratios; None if a row has none. Rows of zeros are taken for sample 0's."""
-    found = torch.ones(len(plain), len(draws[0]), dtype=torch.bool, device=plain.device)
-    for draw, one in zip(draws, weighted, strict=True):
-        scaled = plain[:, None] * draw.to(plain)[:, None]
-        found &= ((scaled == one[:, None]) | (scaled.isnan() & one[:, None].isnan())).all(2)
-    return found.int().argmax(1).tolist() if found.any(1).all() else None
+def _disagree(samples: Tensor, of_others: Owned | None) -> Tensor:
+    """In which rows another output of the same call has another owner."""
+    if of_others is None:
+        return torch.zeros(len(samples), dtype=torch.bool, device="cpu")
+    return (of_others.samples >= 0) & (samples != of_others.samples)
+
+
+def _owners_by_ratio(evidence: _Evidence, key: Output) -> Tensor:
+    """The sample of each row of an output by how its gradient is multiplied; -1 for rows of zeros, -2 where there is not one."""
+    of_ones = evidence.plain.sketches[key].cpu()
+    several = [one.sketches.get(key, torch.zeros_like(of_ones)).cpu() for one in evidence.weighted]
+    exponents = [torch.log2(one[:, 2].double() / of_ones[:, 2].double()).round() for one in several]
+    known = _code([torch.log2(draw) for draw in evidence.draws])
+    order = known.argsort()
+    code = _code([exponent.nan_to_num(nan=99.0, posinf=99.0, neginf=99.0) for exponent in exponents])
+    place = torch.searchsorted(known[order], code).clamp(max=len(known) - 1)
+    samples = order[place]
+    several_have_it = torch.isin(code, known[order][1:][known[order].diff() == 0])
+    wrong = (known[samples] != code) | several_have_it | evidence.differs(key, samples)
+    samples = torch.where(wrong, torch.full_like(samples, -2), samples)
+    nothing = (of_ones[:, 2] == 0) & torch.stack([one[:, 2] == 0 for one in several]).all(0)
+    return torch.where(nothing, torch.full_like(samples, -1), samples)
+
+
+def _code(exponents: Iterable[Tensor]) -> Tensor:
+    """One number for the exponents of several draws."""
+    code = torch.zeros((), dtype=torch.int64, device="cpu")
+    for exponent in exponents:
+        code = 256 * code + exponent.clamp(-100, 100).long() + 128
+    return code

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from opacus_fgc.certificates.ownership import Owned
+
 _PLAIN = (
     type(None),
     bool,
@@ -76,13 +78,18 @@ def mapped(
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensors in any nesting, in order, also in objects with attributes."""
-    found: list[Tensor] = []
+    return list(tensors_by_path(tree).values())
+
+
+def tensors_by_path(tree: Any) -> dict[str, Tensor]:
+    """The same, by what `Change` calls their paths."""
+    found: dict[str, Tensor] = {}
 
     def note(path: str, value: Any) -> Any:
         if isinstance(value, PackedSequence):
-            found.append(value.data)
+            found[path] = value.data
         elif isinstance(value, Tensor):
-            found.append(value)
+            found[path] = value
         return UNCHANGED
 
     mapped(tree, note)
@@ -117,6 +124,7 @@ class Replacement:
         every: whether those that are whole numbers are, too, which may be categories.
         vectors: whether whole numbers of shape ``(N,)``, which may be lengths, are replaced as well.
         shared: paths of tensors that are known to have no samples in them; it is added to.
+        owned: whose the rows of tensors are, by their paths, where these are not the samples in order.
         shorten: whether masks of chosen samples lose their last 1.
         opaque: what could not be looked into.
         masks: the paths of what has the values 0 and 1 only.
@@ -132,6 +140,7 @@ class Replacement:
     every: bool = True
     vectors: bool = True
     shared: set[str] = field(default_factory=set)
+    owned: Mapping[str, Owned] = field(default_factory=dict)
     shorten: bool = False
     opaque: set[str] = field(default_factory=set)
     masks: set[str] = field(default_factory=set)
@@ -161,6 +170,8 @@ class Replacement:
         return change
 
     def _of_tensor(self, path: str, value: Tensor, one_row: bool) -> Any:
+        if path in self.owned:
+            return self._of_owned(path, value, self.owned[path])
         if value.dim() <= self.axis or not value.shape[self.axis] or not self.size:
             return UNCHANGED
         several, left = divmod(value.shape[self.axis], self.size)
@@ -171,6 +182,20 @@ class Replacement:
         places = [place * several + row for place in self.chosen for row in range(several)]
         others = [place * several + row for place in self.sources for row in range(several)]
         return self._with_rows(path, value, self.axis, places, others)
+
+    def _of_owned(self, path: str, value: Tensor, owned: Owned) -> Any:
+        """The rows of each chosen sample get those of another one, over and over if that has less of them."""
+        rows = value.flatten(0, 1) if owned.by_position else value
+        axis = 0 if owned.by_position else self.axis
+        if rows.shape[axis] != len(owned.samples):
+            return UNCHANGED
+        places, others = [], []
+        for sample, source in zip(self.chosen, self.sources, strict=True):
+            own, new = ((owned.samples == one).nonzero().flatten().tolist() for one in (sample, source))
+            places += own
+            others += [(new or own)[place % len(new or own)] for place in range(len(own))]
+        new = self._with_rows(path, rows, axis, places, others)
+        return new if new is UNCHANGED else new.detach().reshape(value.shape).requires_grad_(value.requires_grad)
 
     def _with_rows(self, path: str, value: Tensor, axis: int, places: list[int], others: list[int]) -> Any:
         at, source = (torch.tensor(rows, device=value.device) for rows in (places, others))

@@ -6,9 +6,9 @@ import random
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
-# When
-from opacus_fgc.certificates.ownership import Backprops
+from opacus_fgc.certificates.backprops import Backprops
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Schedule:
     _next: int = 1
     _largest: int = 1
     _certified: set[Hashable] = field(default_factory=set)
+    _in_order: set[Hashable] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         if self.how not in ("always", "thinning", "never"):
@@ -66,6 +67,14 @@ class Schedule:
         """Whether there is no certificate for such passes yet."""
         return structure not in self._certified
 
+    def is_in_order(self, structure: Hashable, moved: Hashable) -> bool:
+        """Whether rows that are moved by such indices are known to be the samples in order."""
+        return not moved or (structure, moved) in self._in_order
+
+    def found_in_order(self, structure: Hashable, moved: Hashable) -> None:
+        """Notes that they are."""
+        self._in_order.add((structure, moved))
+
     def made(self, size: int, structure: Hashable) -> None:
         """Notes that certificates were made."""
         self._next = (2 if self.passes < 4 else 4) * self.passes
@@ -84,9 +93,13 @@ class Certification:
         witness: what the taps are shown in a backward pass, if it is looked at.
         certifying: whether that pass is of no other consequence.
         choices: chooses weights of losses, and samples that are replaced.
+        dealt_out: the layers whose rows were not the samples in order at some time.
+        by_position: those of them of which each position is a row.
     """
 
     schedule: Schedule
     witness: Backprops | None = None
     certifying: bool = False
     choices: random.Random | None = None
+    dealt_out: set[Any] = field(default_factory=set)
+    by_position: set[Any] = field(default_factory=set)

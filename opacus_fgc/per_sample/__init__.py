@@ -10,6 +10,7 @@ from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
 from opacus_fgc.per_sample.convolution import Convolution
 from opacus_fgc.per_sample.norm_only import NormOnly, NormsOnlyError
 from opacus_fgc.per_sample.outer import Outer
+from opacus_fgc.per_sample.parts import Parts
 from opacus_fgc.per_sample.rows import Rows
 from opacus_fgc.per_sample.sum import Sum, add
 from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
@@ -21,6 +22,7 @@ __all__ = [
     "NormOnly",
     "NormsOnlyError",
     "Outer",
+    "Parts",
     "PerSampleGradient",
     "Rows",
     "Sum",

@@ -118,7 +118,13 @@ class ByHand(WeightedPass):
         reached = self.trained.check(losses, self._facts.anchor, record.brought)
         due = self._due(len(losses), reached, record)
         if due is not None:
-            self.certify(due, losses, reached, 1.0)
+            owned = self.certify(due, losses, reached, 1.0)
+            if owned:
+                raise PrivacyNotImplementedError(
+                    f"{self._tapped(next(iter(owned)).layer).name}: its rows are not the samples in order, and their norms were "
+                    "taken before it was known whose they are. Use a criterion from make_private, or "
+                    "DPLossFastGradientClipping, in the place of two passes by hand"
+                )
             self.record = record.again()
             self.record.samples_in_loss = len(losses)
             with self.hooks_set(True), self._nothing_left_of_errors():

@@ -20,6 +20,7 @@ from opacus_fgc.per_sample.precision import full_precision
 from opacus_fgc.step.nonfinite import is_finite
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.profile import Unwatched
+from opacus_fgc.step.rows_by_sample import by_sample
 from opacus_fgc.taps.lookup import find_gradient_sampler
 from opacus_fgc.taps.tap import Call, Use
 from opacus_fgc.taps.tapping import Tapped
@@ -89,6 +90,9 @@ class LayerNorms(CertifiedModel):
                 )
                 uses = seen.uses
                 self._mark(layer, uses)
+                if self.record.owned and self.record.samples_in_loss is not None:
+                    uses = by_sample(uses, self.record.owned, self.record.samples_in_loss)
+                    seen = seen._replace(uses=uses)
                 measured = self.record.receive(self._forms(seen, layer), uses)
         except (ValueError, RuntimeError) as error:
             raise located(error, layer.name)  # noqa: B904

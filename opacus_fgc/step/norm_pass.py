@@ -106,10 +106,9 @@ class NormPass(LayerNorms):
         with self._nothing_left_of_errors():
             record.samples_in_loss = len(loss_per_sample)
             due = self._due(len(loss_per_sample), reached, record)
-            if due is not None and (due.is_new or keep.everything):
-                # Of what is new the certificate tells better what is wrong than the norms' errors; and the pass that all is kept
-                # of gives the graph up, which the certificate needs.
-                self.certify(due, loss_per_sample, reached, loss_scale)
+            # The pass that all is kept of gives the graph up, which the certificate needs.
+            if due is not None and (due.comes_first or keep.everything):
+                record.owned = self.certify(due, loss_per_sample, reached, loss_scale)
                 due = None
             record.step, record.loss_scale = Step(retain_graph), loss_scale
             if due is None:
@@ -117,7 +116,12 @@ class NormPass(LayerNorms):
             else:
                 with self._witnessed() as backprops:
                     self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
-                self.certify(due, loss_per_sample, reached, loss_scale, backprops)
+                owned = self.certify(due, loss_per_sample, reached, loss_scale, backprops)
+                if not self.layout.on_all_ranks(not owned):
+                    # Norms were taken of rows that are not the samples in order.
+                    self.record = record = record.again()
+                    record.owned = owned
+                    self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
             norms = self.get_norm_sample()
         if norms.shape != loss_per_sample.shape:
             raise ValueError(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opacus_fgc.certificates.ownership import PADDING, TOKENS
+from opacus_fgc.certificates.ownership import Owned
+from opacus_fgc.certificates.ownership_errors import PADDING, TOKENS
 from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
@@ -45,6 +46,7 @@ class Record:
         sums: what the clipped sums come from.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
+        owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
         in_half: whether a layer computed in half precision, or under autocast.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
@@ -67,6 +69,7 @@ class Record:
         self.sums = WeightedSums()
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
+        self.owned: Mapping[Any, Owned] = {}
         self.in_half = False
         self.looking = False
         self.first_not_finite = ""
@@ -82,6 +85,7 @@ class Record:
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
+        other.owned = self.owned
         other.uses.expected, other.step, other.brought = self.uses.expected, self.step, self.brought
         return other
 

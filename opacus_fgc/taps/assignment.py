@@ -41,6 +41,8 @@ class Facts:
         operations: what was tapped of operations, by operation and parameters.
         expansions: what is known of the places where something shared is expanded.
         verified: the modules whose forward was tried.
+        shares_row: the layers that are called on a row that all samples share, and do the same on a copy for each.
+        has_own_rows: those that were called on a row that they do not share.
         shared_inputs: the paths of inputs that have no samples in them, by the module that is called.
     """
 
@@ -54,6 +56,8 @@ class Facts:
     operations: dict[Any, Any] = field(default_factory=dict)
     expansions: dict[Any, Expansion] = field(default_factory=dict)
     verified: set[nn.Module] = field(default_factory=set)
+    shares_row: set[nn.Module] = field(default_factory=set)
+    has_own_rows: set[nn.Module] = field(default_factory=set)
     shared_inputs: dict[nn.Module, set[str]] = field(default_factory=dict)
 
 

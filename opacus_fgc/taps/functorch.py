@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call, grad, vmap
 
-from opacus_fgc._compat.functorch import innermost_transform
 from opacus_fgc._compat.pytree import tree_flatten, tree_unflatten
 from opacus_fgc.norm_samplers.registry import Forms
 from opacus_fgc.per_sample import Dense, add
@@ -81,11 +80,14 @@ def gradients_by_sample(
         return torch.stack(list(map(_inner, outputs, backprops))).sum(), outputs
 
     in_dims_of_all = (None, in_dims, [axis] * len(backprops))
+    again = _REPEATING.set(True)
     try:
         gradients, outputs = vmap(grad(loss, has_aux=True), in_dims_of_all)(dict(params), tensors, list(backprops))
     except RuntimeError:
         # What it has no rule for, and what looks at the numbers, a loop can do.
         gradients, outputs = _one_by_one(loss, params, tensors, list(backprops), in_dims, axis)
+    finally:
+        _REPEATING.reset(again)
     if norms is not None:
         tolerance = max(torch.finfo(output.dtype).eps for output in outputs) ** 0.5
         if not torch.allclose(norms_by_sample(outputs, 0), norms, rtol=tolerance, equal_nan=True):
@@ -114,7 +116,6 @@ def _one_by_one(
     gradients: dict[Any, list[Tensor]] = {name: [] for name in params}
     several = []
     generators = _random_states(backprops[0].device)
-    again = _REPEATING.set(True)
     try:
         for n in range(backprops[0].shape[axis]):
             one = [
@@ -134,8 +135,6 @@ def _one_by_one(
             "it has no norm sampler, and it cannot be repeated on one sample at a time: "
             f"{error}. Register a norm sampler for it (opacus_fgc.register_norm_sampler)"
         ) from error
-    finally:
-        _REPEATING.reset(again)
     if not all(map(torch.equal, generators, _random_states(backprops[0].device))):
         raise NotImplementedError(
             "it has no norm sampler, and it draws random numbers, so that it cannot be repeated on one sample at a time. Put "
@@ -156,7 +155,7 @@ _REPEATING: ContextVar[bool] = ContextVar("repeating", default=False)
 
 def is_repeating() -> bool:
     """Whether what runs is no forward of the user's, but a sampler that repeats one."""
-    return innermost_transform() is not None or _REPEATING.get()
+    return _REPEATING.get()
 
 
 class Functorch:

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from opacus_fgc._compat.distributed import FSDP_NODE
 from opacus_fgc.errors import PrivacyNotImplementedError
-from opacus_fgc.taps.routes import moves_rows
+from opacus_fgc.taps.routes import moves_rows, selected
 from opacus_fgc.taps.tap import REENTRANT_NODE, TAP_NODE
 
 
@@ -23,6 +24,7 @@ class Reached(NamedTuple):
         in_model: other leaves, on ways behind its taps.
         other_models: whether there are taps of other models behind its own.
         calls: the tapped calls of the model, each a `Call.key`.
+        nodes: what the graph has for each of them.
         moving: the operations on the way that may move rows by indices; see `taps.routes`.
     """
 
@@ -32,6 +34,7 @@ class Reached(NamedTuple):
     in_model: set[Tensor]
     other_models: bool
     calls: list[Any]
+    nodes: list[Any]
     moving: list[Any]
 
 
@@ -59,13 +62,14 @@ def reached_by(
     model, other_models, behind = False, False, 0
     seen = set(_nodes(inputs))
     todo, later = _nodes(outputs), list[Any]()
-    calls, moving = list[Any](), list[Any]()
+    calls, nodes, moving = list[Any](), list[Any](), list[Any]()
     while todo:
         for node in _visit(todo, seen, moving):
             if type(node) is TAP_NODE:
                 own = anchor is None or _leaf(node.next_functions[0][0]) is anchor
                 if own:
                     calls.append(node.pending)
+                    nodes.append(node)
                 model, other_models = model or own, other_models or (bool(behind) and not own)
                 edges = [_behind(*edge) for edge in node.next_functions]
                 end = 1 + len(node.pending.outputs)
@@ -84,7 +88,17 @@ def reached_by(
             elif _leaf(node) is not None:
                 (past if node.variable in wanted else others[behind]).add(node.variable)
         todo, later, behind = later, [], 1
-    return Reached(model, past, *others, other_models, calls, moving)
+    return Reached(model, past, *others, other_models, calls, nodes, moving)
+
+
+def before_call(node: Any) -> set[Any]:
+    """The tapped calls that a call got its activations from, each a `Call.key`.
+
+    Args:
+        node: what the graph has for the call; see `Reached`.
+    """
+    edges = [_behind(*edge) for edge in node.next_functions[1 + len(node.pending.outputs) :]]
+    return {one.pending for one in _visit(edges, set()) if type(one) is TAP_NODE}
 
 
 def brought_by(inputs: Iterable[Tensor]) -> dict[Tensor, bool]:
@@ -137,6 +151,25 @@ def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
     behind = _visit(_nodes(outputs), set())
     leaves = [output for output in outputs if output.is_leaf] + [_leaf(node) for node in behind]
     return [leaf for leaf in leaves if leaf is not None]
+
+
+def part_of(tensor: Tensor) -> tuple[Tensor, int, GradientEdge | None] | None:
+    """The part of a leaf that a tensor is computed from, if it is from one place along the leaf's first axis alone.
+
+    Returns:
+        The leaf, the place, and where the graph has the part; None for the latter if the tensor is the part itself.
+    """
+    node, edge = tensor.grad_fn, None
+    while node is not None and len([one for one, _ in node.next_functions if one is not None]) == 1:
+        before = next(one for one, _ in node.next_functions if one is not None)
+        leaf = _leaf(before)
+        if leaf is not None:
+            place = selected(node)
+            if place is None or leaf.dim() < 2:
+                return None
+            return leaf, place % len(leaf), edge
+        node, edge = before, GradientEdge(before, 0)
+    return None
 
 
 def depends_past(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> bool:

@@ -245,3 +245,22 @@ def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
         features = 1
     activations = tensors_in(inputs)
     return 1 if activations and activations[0].dim() - features >= 2 else 0
+
+
+def lacks_batch_axis(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a layer was called on one tensor, which is a row without an axis for the batch.
+
+    Args:
+        layer: the layer.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+        return False
+    if isinstance(layer, nn.Embedding):
+        return args[0].dim() == 0
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return args[0].dim() == len(layer.normalized_shape)
+    if isinstance(layer, ConvNd):
+        return args[0].dim() == layer.weight.dim() - 1
+    return isinstance(layer, nn.Linear) and args[0].dim() == 1

@@ -19,9 +19,9 @@ from opacus_fgc.norm_samplers.embedding import embedding
 from opacus_fgc.norm_samplers.linear import linear, matrix
 from opacus_fgc.norm_samplers.normalization import group_norm, layer_norm, rms_norm
 from opacus_fgc.norm_samplers.registry import Forms
-from opacus_fgc.per_sample import Dense, PerSampleGradient, add
+from opacus_fgc.per_sample import Dense, Parts, PerSampleGradient, add
 from opacus_fgc.taps.functorch import gradients_by_sample
-from opacus_fgc.taps.graph import leaves_of
+from opacus_fgc.taps.graph import leaves_of, part_of
 from opacus_fgc.taps.tap import Call, Interleave, Use
 
 
@@ -45,12 +45,25 @@ def _to_parameters(shared: Tensor, form: PerSampleGradient) -> Forms:
     """Carries the gradients by something that was computed from parameters on to these."""
     if shared.is_leaf:
         return {shared: form}
+    part = part_of(shared)
+    if part is not None:
+        param, place, edge = part
+        if edge is not None:
+            gradients = form.materialize().to(shared.dtype)
+            form = Dense(
+                _carried(shared, [edge], gradients)[0] if len(gradients) else gradients.new_zeros(0, *param.shape[1:])
+            )
+        return {param: Parts({place: form}, param.shape)}
     params = leaves_of([shared])
     gradients = form.materialize().to(shared.dtype)
     if len(gradients) == 0:
         return {param: Dense(param.new_zeros(0, *param.shape)) for param in params}
-    by_param = torch.autograd.grad(shared, params, gradients, retain_graph=True, is_grads_batched=True)
+    by_param = _carried(shared, params, gradients)
     return {param: Dense(gradient) for param, gradient in zip(params, by_param, strict=True)}
+
+
+def _carried(shared: Tensor, ends: Sequence[Any], gradients: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(shared, ends, gradients, retain_graph=True, is_grads_batched=True)
 
 
 class OpSampler:
@@ -77,6 +90,8 @@ class OpSampler:
             if len(backprops) != 1:
                 raise NotImplementedError(f"operations with {len(backprops)} outputs are not supported")
             for shared, form in self._forms(call.fingerprint, call, backprops[0]).items():
+                if call.rows_of_a_sample > 1:
+                    form = form.sum_over_uses(call.rows_of_a_sample)
                 for param, gradient in _to_parameters(shared, form).items():
                     several.setdefault(param, []).append(gradient)
         return {param: add(forms) for param, forms in several.items()}

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from opacus_fgc._compat.autograd import base_of, version_of
 from opacus_fgc._compat.compiler import disable_dynamo
@@ -75,7 +76,9 @@ class OpTaps(Expanding):
                 return self._expand(func, args, kwargs)
             if func.__name__ in JOINING and is_one(tensors):
                 return self._join_copies(func, args, kwargs)
-            if len(shared) == len(tensors) or (func.__name__ in _LIKE and self.is_shared(args[0])):
+            of_shared = self.is_shared(args[0]) if args and isinstance(args[0], Tensor) else False
+            chosen = of_shared and func.__name__ == "__getitem__" and _is_one_number(tensors[1:])
+            if len(shared) == len(tensors) or chosen or (func.__name__ in _LIKE and of_shared):
                 bases = [base for tensor in shared if (base := base_of(tensor)) is not None and self.is_shared(base)]
                 before = [(tensor, version_of(tensor)) for tensor in (*shared, *bases)]
                 output = func(*args, **kwargs)
@@ -94,3 +97,8 @@ class OpTaps(Expanding):
             return self._meet(func, args, kwargs)
         except NotCaughtError:
             return func(*args, **kwargs)
+
+
+def _is_one_number(tensors: list[Tensor]) -> bool:
+    """Whether indices are one number for all samples, such as that of an expert that a loop comes to."""
+    return bool(tensors) and all(tensor.dim() == 0 and not tensor.is_floating_point() for tensor in tensors)

@@ -112,6 +112,15 @@ def moves_rows(node: Any) -> bool:
     return _BY_TYPE[kind] is not None
 
 
+def selected(node: Any) -> int | None:
+    """The place along the first axis that a node takes a part from; None if it does something else."""
+    if not type(node).__name__.startswith("SelectBackward") or saved(node, "dim") != 0:
+        return None
+    place = saved(node, "index")
+    # Autograd shows negative numbers as unsigned ones.
+    return place - 2**64 if place >= 2**63 else place
+
+
 def arrangement(nodes: Iterable[Any], batch_first: bool, known: Collection[int] = ()) -> Hashable:
     """A mark of how some operations move rows along the batch: the same only if they move them in the same way.
 

@@ -33,9 +33,10 @@ class Call:
         batch_axis: the axis of inputs and outputs that counts samples.
         fingerprint: what the layer's sampler noted about the output during forward.
         autocast: whether the forward ran under autocast, and in which dtype.
+        rows_of_a_sample: how many rows each sample has, one after another.
     """
 
-    __slots__ = ("_pending", "activations", "autocast", "batch_axis", "fingerprint", "outputs")
+    __slots__ = ("_pending", "activations", "autocast", "batch_axis", "fingerprint", "outputs", "rows_of_a_sample")
 
     def __init__(self, pending: _Pending, activations: list[Tensor]) -> None:
         self._pending = pending
@@ -44,11 +45,17 @@ class Call:
         self.batch_axis = pending.batch_axis
         self.fingerprint = pending.fingerprint
         self.autocast = pending.autocast
+        self.rows_of_a_sample = 1
 
     @property
     def key(self) -> Any:
         """What is the same for this call in each backward pass, and for no other."""
         return self._pending
+
+    @property
+    def has_other_arguments(self) -> bool:
+        """Whether the call had more than one tensor for its arguments."""
+        return self._pending.leaves is not None
 
     def with_activations(self, activations: list[Tensor]) -> Call:
         """The same call with other activations."""
@@ -135,6 +142,7 @@ class _Pending:
         "fingerprint",
         "layer",
         "leaves",
+        "number",
         "outputs",
         "params",
         "receive",
@@ -152,9 +160,11 @@ class _Pending:
         receive: Receiver,
         batch_axis: int,
         samples: Tensor | None,
+        number: int,
     ) -> None:
         self.layer = layer
         self.entrance = entrance
+        self.number = number
         self.params = params
         self.receive = receive
         self.batch_axis = batch_axis
@@ -231,6 +241,7 @@ def tap(
     samples: Tensor | None = None,
     layer: Any = None,
     entrance: Any = None,
+    number: int = 0,
 ) -> Any:
     """Taps what a layer returned.
 
@@ -246,11 +257,12 @@ def tap(
         samples: which samples the rows belong to, for a call on the first some of these; None for a row a sample.
         layer: what the tap is on.
         entrance: the call of the model that this is a part of.
+        number: which of the layer's calls in that this is, from 0 on.
 
     Returns:
         The output, with every tensor that needs a gradient replaced by an alias; as it was if there is none.
     """
-    pending = _Pending(layer, entrance, params, receive, batch_axis, samples)
+    pending = _Pending(layer, entrance, params, receive, batch_axis, samples, number)
     plain = isinstance(output, Tensor)
     outputs, spec = ([output], None) if plain else tree_flatten(output)
     tapped = [leaf for leaf in outputs if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from opacus_fgc._compat.autograd import base_of, in_backward
+from opacus_fgc._compat.autograd import in_backward
+from opacus_fgc._compat.functorch import batched, innermost_transform, outside_of_transforms, physical, runs_in_one_vmap
 from opacus_fgc._compat.opacus import set_norm_sample
 from opacus_fgc._compat.pytree import tree_map_only
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.observations import Observations
-from opacus_fgc.errors import PrivacyNotImplementedError, located
+from opacus_fgc.certificates.schedule import Certification
+from opacus_fgc.errors import located
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
@@ -26,6 +28,7 @@ from opacus_fgc.taps.lookup import (
     Sampler,
     batch_axis,
     holds_only,
+    lacks_batch_axis,
 )
 from opacus_fgc.taps.operation_samplers import Op, OpSampler
 from opacus_fgc.taps.operations import OpTaps
@@ -83,6 +86,7 @@ class Running:
         seen: where a forward that is only looked at is noted.
         noted: where the user's own is noted, as well.
         samples: the samples of the first rows, in a cell on a packed sequence.
+        single: in a trial the layers that were called on a single row, and what they returned.
     """
 
     outermost: nn.Module | None = None
@@ -90,6 +94,7 @@ class Running:
     seen: Observations | None = None
     noted: Observations | None = None
     samples: Tensor | None = None
+    single: list[tuple[nn.Module, Tensor]] | None = None
 
 
 class Tapping(Assignment):
@@ -99,6 +104,7 @@ class Tapping(Assignment):
     hooks_enabled: bool
     loss_reduction: str
     record: Record
+    certification: Certification
     _taps: Taps
     _running: Running
 
@@ -137,6 +143,8 @@ class Tapping(Assignment):
         """
         if not self._tapping():
             return forward_output
+        if innermost_transform() is not None:
+            return self._tap_in_vmap(module, forward_input, forward_kwargs, forward_output)
         layer = self._taps.layers[module]
         # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
         if not self._holds_its_own(module, layer):
@@ -150,27 +158,40 @@ class Tapping(Assignment):
         axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
         inside = self._running.outermost is not None or self._recomputing()
         size = self.record.batch_size_seen if inside else None
-        if size not in (None, 1) and self._running.samples is None and _has_one_row(forward_output, axis):
-            # An input that the batch shares, such as position ids: the layer has to see it once a sample.
-            self._check_shared((forward_input, forward_kwargs), size, axis, layer)
-            forward_input, forward_kwargs = _expanded((forward_input, forward_kwargs), size, axis)
-            forward_output = module.forward(*forward_input, **forward_kwargs)
+        if size not in (None, 1) and self._running.samples is None and isinstance(forward_output, Tensor):
+            if module in self._facts.shares_row and size_of(forward_output, axis) == 1:
+                # An input that the batch shares, such as position ids: the layer has to see it once a sample.
+                forward_input, forward_kwargs = _expanded((forward_input, forward_kwargs), size, axis)
+                forward_output = module.forward(*forward_input, **forward_kwargs)
+            elif self._running.single is not None and size_of(forward_output, axis) == 1:
+                self._running.single.append((module, forward_output))
+        if lacks_batch_axis(module, forward_input, forward_kwargs):
+            # One row by itself, as a loop over a batch gives it.
+            inputs: Any = ((forward_input[0].unsqueeze(0),), {})
+            row = self._tap(module, layer, forward_output.unsqueeze(0), inputs, 0, layer.sampler.fingerprint)
+            return row.squeeze(0)
         return self._tap(
             module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
         )
 
-    def _check_shared(self, inputs: Any, size: int, axis: int, layer: Tapped) -> None:
-        """Raises an error if a single row is known to be no input that the batch shares."""
-        for tensor in tensors_in(inputs):
-            base = base_of(tensor)
-            is_row = base is not None and not self._taps.ops.is_shared(base) and size_of(base, axis) == size
-            if tensor.requires_grad or is_row:
-                raise PrivacyNotImplementedError(
-                    f"{layer.name}: it was called on a single row in a batch of {size} samples, and this row is one of the "
-                    "batch or has a gradient. If it belongs to one sample, as in a loop over the samples, call the layer once, "
-                    "on the rows of all samples. If it is a parameter of another layer (embedding.weight), make that a "
-                    "parameter of the module that uses it"
-                )
+    def _tap_in_vmap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Puts a tap on what a layer returned in `torch.func.vmap`, whose rows it sees there one by one."""
+        layer, tensors = self._taps.layers[module], tensors_in((args, kwargs))
+        if not (
+            runs_in_one_vmap()
+            and isinstance(output, Tensor)
+            and len(tensors) == 1
+            and not layer.sampler.covers_children
+        ):
+            # Without a tap the loss depends on parameters past their layer, and is refused.
+            return output
+        returned, given = physical(output), physical(tensors[0])
+        if returned.axis is None or given.axis is None:
+            return output
+        with outside_of_transforms():
+            rows, features = returned.tensor.movedim(returned.axis, 0), given.tensor.movedim(given.axis, 0)
+            tapped = self._tap(module, layer, rows, ((features,), {}), 0, layer.sampler.fingerprint)
+        return batched(tapped, returned.level)
 
     def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
         if not layer.sampler.covers_children:
@@ -207,13 +228,15 @@ class Tapping(Assignment):
         if self._running.seen is not None:
             self._look_at(self._running.seen, key, layer, output, inputs, axis)
             return output
-        entrance = self._running.entrance
+        entrance, number = self._running.entrance, 0
         if not self._recomputing():
             if self._running.noted is not None:
                 self._look_at(self._running.noted, key, layer, output, inputs, axis)
             self._open_record().uses.expect(key, params)
             if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
                 entrance = Entrance(key, *inputs, self._taps.every_module)
+            if entrance is not None:
+                number = entrance.enter(key, tensors_in(inputs))
         seen = list(map(self._facts.unsharded.of, params))
         try:
             return tap(
@@ -227,6 +250,7 @@ class Tapping(Assignment):
                 self._running.samples,
                 key,
                 entrance,
+                number,
             )
         except NotImplementedError as error:
             raise located(error, layer.name)  # noqa: B904
@@ -234,8 +258,11 @@ class Tapping(Assignment):
     def _look_at(
         self, observations: Observations, key: Any, layer: Tapped, output: Any, inputs: Any, axis: int
     ) -> None:
+        positions = key in self.certification.by_position
+        observations.begin_call(key)
         for value in tensors_in(inputs) or tensors_in(output):
-            observations.look_at(key, layer.name, value, [axis], self._running.samples)
+            value, axes = (value.flatten(0, 1), [0]) if positions and value.dim() > 1 else (value, [axis])
+            observations.look_at(key, layer.name, value, axes, self._running.samples)
 
     def _tapped(self, key: Any) -> Tapped:
         return self._taps.layers[key] if isinstance(key, nn.Module) else self._facts.operations[key]
@@ -249,10 +276,6 @@ class Tapping(Assignment):
 
     def _end_packed(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.samples = None
-
-
-def _has_one_row(output: Any, axis: int) -> bool:
-    return isinstance(output, Tensor) and size_of(output, axis) == 1
 
 
 def _expanded(inputs: Any, size: int, axis: int) -> Any:

@@ -23,6 +23,7 @@ from opacus_fgc.taps.lookup import (
     Registered,
 )
 from opacus_fgc.taps.model import TRIAL, TappedModel
+from opacus_fgc.taps.shared import size_of
 
 _KINDS: tuple[Any, ...] = (None, ByOperation, Functorch)
 """What is tried in turn, after a registered sampler, where a parameter is used outside of its layer."""
@@ -71,20 +72,54 @@ class TriedModel(TappedModel):
 
     def _has_caught_all(self, module: nn.Module, inputs: Any, size: int | None) -> bool:
         """Repeats a forward until its taps reach all parameters; says whether the forward works on these inputs."""
+        expanded, before = set[nn.Module](), list[Tensor]()
         while True:
-            works, outside = True, set[Any]()
+            works, outputs, outside = True, list[Tensor](), set[Any]()
+            self._running.single = []
             with self.undisturbed(module, inputs):
                 try:
-                    output = self._trial(module, inputs, size)
+                    outputs = tensors_of(self._trial(module, inputs, size))
                 except OUT_OF_MEMORY:
                     raise
                 except Exception:
                     works = False
+                finally:
+                    single, self._running.single = self._running.single, None
+            if expanded and not self.layout.on_all_ranks(works and _same(before, outputs)):
+                self._facts.shares_row -= expanded
+                self._facts.has_own_rows |= expanded
+                expanded = set()
+                continue
             if works:
-                outputs = [tensor for tensor in tensors_of(output) if not self._taps.ops.is_shared(tensor)]
-                outside = self._untapped(outputs, tensors_of(inputs))
-            if not self._catch(outside):
+                known = [tensor for tensor in outputs if not self._taps.ops.is_shared(tensor)]
+                outside = self._untapped(known, tensors_of(inputs))
+            expanded = self._sharing(single if works else [], outputs, size)
+            before = outputs
+            self._facts.shares_row |= expanded
+            if not (self._catch(outside) or expanded):
                 return self.layout.on_all_ranks(works)
+
+    def _sharing(
+        self, single: list[tuple[nn.Module, Tensor]], outputs: list[Tensor], size: int | None
+    ) -> set[nn.Module]:
+        """Layers that were called on a single row on which several samples seem to depend."""
+        candidates = {layer for layer, _ in single} - self._facts.has_own_rows
+        several = [tensor for tensor in outputs if tensor.requires_grad and size_of(tensor, self._axis) == size]
+        # FSDP expects one backward a forward; what the model does on copies of the row is then all that is known.
+        if candidates and several and size and not self.layout.forward_communicates:
+            rows = [row for _, row in single]
+            enabled, self.hooks_enabled = self.hooks_enabled, False
+            try:
+                halves = [
+                    _depending(rows, [tensor.narrow(self._axis, *half) for tensor in several])
+                    for half in ((0, size // 2), (size // 2, size - size // 2))
+                ]
+            finally:
+                self.hooks_enabled = enabled
+            candidates &= {layer for (layer, _), *both in zip(single, *halves, strict=True) if all(both)}
+        layers = list(self.iterate_submodules(self._module))
+        flags = self.layout.all_reduce_max([layer in candidates for layer in layers])
+        return {layer for layer, flag in zip(layers, flags, strict=True) if flag}
 
     def _trial(self, module: nn.Module, inputs: Any, size: int | None) -> Any:
         """A forward that is not the user's own, of which the record keeps nothing."""
@@ -128,3 +163,26 @@ class TriedModel(TappedModel):
         """The parameters that something depends on past their taps; see `taps.graph.reached_by`."""
         wanted = map(self._facts.unsharded.of, self.trainable_parameters)
         return set(map(self._facts.unsharded.parameter, reached_by(outputs, wanted, inputs).past))
+
+
+def _depending(rows: list[Tensor], outputs: list[Tensor]) -> list[bool]:
+    """On which rows some outputs depend."""
+    # Sums of all outputs, as those of probabilities, may be constant.
+    total = torch.stack([(output * torch.rand_like(output)).sum().abs() for output in outputs]).sum()
+    gradients = torch.autograd.grad(total, rows, allow_unused=True, retain_graph=True)
+    return [gradient is not None and bool((gradient != 0).any()) for gradient in gradients]
+
+
+def _same(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether outputs are the same but for rounding."""
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        return False
+    for a, b in zip(first, second, strict=True):
+        if not (a.is_floating_point() or a.is_complex()):
+            same = torch.equal(a, b)
+        else:
+            difference, size = (a - b).abs().nan_to_num(), a.abs().nan_to_num()
+            same = not a.numel() or bool(difference.amax() <= torch.finfo(a.dtype).eps ** 0.5 * size.amax())
+        if not same:
+            return False
+    return True

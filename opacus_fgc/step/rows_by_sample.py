@@ -1,0 +1,131 @@
+"""Rows that are not the samples in order, dealt out to their samples: as many rows for each, some of them padding.
+
+Padding has a backprop of zero and the activations of a row of the same sample, so that every sampler takes it as it takes any
+row, and nothing comes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opacus_fgc.certificates.ownership import Owned
+from opacus_fgc.certificates.sketch import owners
+from opacus_fgc.errors import PrivacyNotImplementedError
+from opacus_fgc.taps.operation_samplers import Op
+from opacus_fgc.taps.tap import Call, Use
+
+
+class _Group:
+    """Uses that are one when their rows are put together: calls of the same on rows of the same shape."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.activations: list[list[Tensor]] = []
+        self.backprops: list[tuple[Tensor, ...]] = []
+        self.samples: list[Tensor] = []
+
+
+def by_sample(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> Sequence[Use]:
+    """Uses of a layer whose rows are dealt out to the samples.
+
+    Args:
+        uses: all uses of the layer in a backward pass.
+        owned: the owners of the rows of some calls, by `Call.key`; those of the others are the samples in order.
+        size: number of samples ``N``.
+
+    Returns:
+        Uses on ``(N * K, ...)`` rows, ``K`` for each sample; the uses themselves if none of them is among ``owned``.
+
+    Raises:
+        NotImplementedError: if rows of such a layer cannot be taken apart.
+    """
+    if not any(use.call.key in owned for use in uses):
+        return uses
+    groups: dict[Any, _Group] = {}
+    for call, backprops in uses:
+        found = owned.get(call.key)
+        rows = backprops[0].shape[call.batch_axis]
+        samples = owners(rows, size) if found is None else found.samples
+        if samples is None or call.key.samples is not None:
+            raise PrivacyNotImplementedError(
+                f"it was called on rows of the samples in an order of their own, and on {rows} rows for {size} samples besides. "
+                "Call another layer for one of them"
+            )
+        positions = found is not None and found.by_position
+        activations = [_rows(tensor, call, positions, len(samples)) for tensor in call.activations]
+        backprops = tuple(_rows(tensor, call, positions, len(samples)) for tensor in backprops)
+        fingerprint = call.fingerprint
+        if positions and (
+            isinstance(fingerprint, Tensor) or (isinstance(fingerprint, Op) and fingerprint.norms is not None)
+        ):
+            raise PrivacyNotImplementedError(
+                "its rows hold several samples each, and it has no norm sampler, so that it cannot be repeated on one sample at "
+                "a time. Register a norm sampler for it (opacus_fgc.register_norm_sampler), or give each sample a row of its own"
+            )
+        shapes = [(tensor.shape[1:], tensor.dtype) for tensor in (*activations, *backprops)]
+        # Of an operation each use may be one on another tensor, such as an expert's part of a parameter.
+        alone = (
+            fingerprint is not None
+            or any(len(tensor) != len(samples) for tensor in activations)
+            or call.has_other_arguments
+        )
+        group = groups.setdefault((str(shapes), id(call) if alone else None), _Group())
+        group.calls.append(call)
+        group.activations.append(activations)
+        group.backprops.append(backprops)
+        group.samples.append(samples)
+    most = {key: max(1, *_counts(torch.cat(group.samples), size).tolist(), 0) for key, group in groups.items()}
+    # Operations add up their uses themselves.
+    at_least = 1 if isinstance(uses[0].call.fingerprint, Op) else max(most.values())
+    return [_dealt_out(group, size, max(at_least, most[key])) for key, group in groups.items()]
+
+
+def _rows(tensor: Tensor, call: Call, positions: bool, count: int) -> Tensor:
+    """A tensor of a call with its rows first; as it is if it has none."""
+    if positions:
+        return tensor.flatten(0, 1) if tensor.dim() > 1 and tensor.shape[0] * tensor.shape[1] == count else tensor
+    axis = call.batch_axis
+    return tensor.movedim(axis, 0) if tensor.dim() > axis and tensor.shape[axis] == count else tensor
+
+
+def _counts(samples: Tensor, size: int) -> Tensor:
+    return torch.bincount(samples[samples >= 0], minlength=size)
+
+
+def _dealt_out(group: _Group, size: int, most: int) -> Use:
+    """One use with ``most`` rows a sample."""
+    call, samples = group.calls[0], torch.cat(group.samples)
+    order = samples.argsort(stable=True)
+    order = order[int((samples < 0).sum()) :]
+    starts = _counts(samples, size).cumsum(0) - _counts(samples, size)
+    own = samples[order]
+    places = own * most + torch.arange(len(order), device="cpu") - starts[own]
+    counts = _counts(samples, size)
+    firsts = order[starts.clamp(max=max(0, len(order) - 1))] if len(order) else starts
+    index = firsts.repeat_interleave(most).index_copy(0, places, order)
+    padding = torch.ones(size * most, dtype=torch.bool, device="cpu").index_fill(0, places, False)
+    absent = (counts == 0).repeat_interleave(most)
+
+    def dealt_out(parts: Sequence[Tensor], zeros: Tensor) -> Tensor:
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        if len(whole) != len(samples):
+            return whole
+        if not len(order):
+            return whole.new_zeros(size * most, *whole.shape[1:])
+        rows = whole.index_select(0, index.to(whole.device))
+        # A row of another sample would be one whose inf or NaN comes to this one.
+        return rows.masked_fill_(zeros.to(rows.device).view(-1, *[1] * (rows.dim() - 1)), 0)
+
+    activations = [dealt_out(parts, absent) for parts in zip(*group.activations, strict=True)]
+    backprops = tuple(dealt_out(parts, padding) for parts in zip(*group.backprops, strict=True))
+    dealt = call.with_activations(activations)
+    dealt.batch_axis, dealt.rows_of_a_sample = 0, most
+    if isinstance(call.fingerprint, Tensor):
+        dealt.fingerprint = dealt_out([call.fingerprint.mT], absent).mT
+    elif isinstance(call.fingerprint, Op) and call.fingerprint.norms is not None:
+        dealt.fingerprint = call.fingerprint._replace(norms=dealt_out([call.fingerprint.norms.mT], absent).mT)
+    return Use(dealt, backprops)
