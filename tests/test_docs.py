@@ -137,6 +137,25 @@ def test_images_are_small() -> None:
         assert image.stat().st_size < LARGEST_IMAGE
 
 
+def test_readme_has_the_figures_of_the_speed_page() -> None:
+    """Of one run; on both pages, the rows of time come first."""
+    figures = [
+        dict(re.findall(r"^\| (.+?) \| (.*\d\.\d\d) \|$", page.read_text().partition("| peak memory")[0], re.MULTILINE))
+        for page in (ROOT / "README.md", ROOT / "docs" / "speed.md")
+    ]
+    assert len(figures[0]) >= 8
+    assert figures[0].items() <= figures[1].items()
+
+
+def test_picture_was_drawn_from_the_tables_beside_it() -> None:
+    image = pytest.importorskip("PIL.Image")
+    report = pytest.importorskip("report")  # in benchmarks/
+    results = report.read((ROOT / "docs" / "speed.md").read_text())
+    assert len(results) >= 10
+    with image.open(ROOT / "docs" / "images" / "step.png") as picture:
+        assert picture.text["Comment"] == report.tables(results)
+
+
 @cache
 def texts() -> list[str]:
     """The texts in the package, with an ellipsis for what is filled in."""
