@@ -14,7 +14,7 @@ demo: $(READY)  ## private training on real data
 	$(BIN)/python examples/digits.py $(ARGS)
 
 distributed: $(READY)  ## the same by two processes
-	$(BIN)/torchrun --standalone --nproc_per_node 2 examples/distributed.py $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --standalone --nproc_per_node 2 examples/distributed.py $(ARGS)
 
 text: $(READY)  ## private fine-tuning of a language model on real texts
 	$(BIN)/python examples/text.py $(ARGS)

@@ -75,6 +75,27 @@ def tables(results: Results) -> str:
     return "\n\n".join([*parts, *speed_up(main)])
 
 
+def read(text: str) -> Results:
+    """The ratios of the main workloads as `tables` wrote them, of time and of memory; none without both."""
+    ratios: dict[str, dict[str, dict[str, float | None]]] = {quantity: {} for quantity in QUANTITIES}
+    title = None
+    for line in text.splitlines():
+        first, *cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if cells == WAYS:
+            title = first
+        for quantity, heading in QUANTITIES.items():
+            if heading == title and first in MAIN and len(cells) == len(WAYS):
+                numbers = (None if cell == "stops" else float(cell) for cell in cells)
+                ratios[quantity][first] = dict(zip(WAYS, numbers, strict=True))
+    names = [name for name in MAIN if all(name in rows for rows in ratios.values())]
+    return {
+        name: Figures(
+            **{quantity: rows[name] for quantity, rows in ratios.items()}, batch=0, step_ms=0.0, step_mib=0.0, stops={}
+        )
+        for name in names
+    }
+
+
 def speed_up(results: Results) -> list[str]:
     """One line on how many times faster book-keeping is than Opacus' ghost mode, if both ran."""
     pair = ["opacus ghost", "ghost_bk"]
@@ -120,8 +141,14 @@ def draw_lines(axes: Axes, name: str, sweep: Sweep, points: dict[int, Figures], 
     axes.set(xlabel=sweep.axis, ylabel=f"{QUANTITIES[quantity]}, ratio")
 
 
-def plot(results: Results, path: Path) -> None:
-    """Draws bars of the main workloads and lines of the sweeps, as far as they were measured."""
+def plot(results: Results, path: Path, comment: str = "") -> None:
+    """Draws bars of the main workloads and lines of the sweeps, as far as they were measured.
+
+    Args:
+        results: what was measured.
+        path: where the picture goes, a PNG if there is a comment.
+        comment: what the file is to say about itself.
+    """
     import matplotlib.pyplot as plt
 
     main, sweeps = main_results(results), measured_sweeps(results)
@@ -139,7 +166,7 @@ def plot(results: Results, path: Path) -> None:
                 draw_lines(axes, name, sweep, points, quantity)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, **({"metadata": {"Comment": comment}} if comment else {}))
     plt.close(figure)
 
 

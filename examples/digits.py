@@ -28,13 +28,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import opacus
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -48,6 +46,9 @@ try:
 except ImportError:  # on Windows
     resource = None  # type: ignore[assignment]
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 
 @dataclass
 class Result:
@@ -57,7 +58,7 @@ class Result:
         name: which library in which mode.
         noise_multiplier: standard deviation of the noise as a multiple of C.
         accuracies: test accuracy after each epoch.
-        epsilons: epsilon spent after each epoch.
+        epsilons: epsilon spent after each epoch; after the last alone where no picture is asked for.
         seconds: time for the training steps, without testing and accounting.
         peak_memory: bytes over the level before training; NaN where it cannot be measured.
         norms: per-sample gradient norms of the last epoch's steps; None if the mode computes none.
@@ -136,8 +137,8 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
     name = f"{engine_type.__module__.partition('.')[0]} {mode}"
     result = Result(name, optimizer.noise_multiplier, [], [], seconds=0.0, peak_memory=0.0, norms=None)
     memory_before = peak_memory()
-    progress = tqdm(range(args.epochs), desc=name, unit="epoch", dynamic_ncols=True, disable=None)
-    for _ in progress:
+    progress = tqdm(range(1, args.epochs + 1), desc=name, unit="epoch", dynamic_ncols=True, disable=None)
+    for epoch in progress:
         losses, norms = [], []
         start = time.perf_counter()
         for images, labels in loader:  # random sizes: each image is in with the same chance, which the accounting needs
@@ -151,24 +152,25 @@ def train(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Nam
         result.seconds += time.perf_counter() - start
 
         result.accuracies.append(accuracy(model, test_set))
-        result.epsilons.append(engine.get_epsilon(args.delta))
+        if args.plot or epoch == args.epochs:  # the accountant takes several times as long as the epoch did
+            result.epsilons.append(engine.get_epsilon(args.delta))
         result.norms = torch.cat(norms).numpy() if norms else None
-        progress.set_postfix(
-            loss=f"{sum(losses) / len(losses):.3f}",
-            accuracy=f"{result.accuracies[-1]:.1%}",
-            epsilon=f"{result.epsilons[-1]:.2f}",
-        )
+        progress.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", accuracy=f"{result.accuracies[-1]:.1%}")
     result.peak_memory = peak_memory() - memory_before
     return result
 
 
 def ignore_known_warnings() -> None:
-    """Turns off two warnings that are right, and mean nothing here."""
+    """Turns off three warnings that are right, and mean nothing here."""
     # Good advice for real use: secure_mode=True draws noise that nobody can predict. It takes longer and allows
     # no seeds, so here we do without, knowingly.
     warnings.filterwarnings("ignore", message="Secure RNG turned off")
     # From Opacus' accountant: a bound that only decides how wide a grid it computes on is not the tightest.
     warnings.filterwarnings("ignore", message="Optimal order is the largest alpha")
+    # From torch, on the hooks of Opacus' own modes (``--compare``): images have no gradient. Opacus asks for none of theirs.
+    warnings.filterwarnings(
+        "ignore", message="Full backward hook is firing when gradients are computed with respect to"
+    )
 
 
 @torch.no_grad()
@@ -190,9 +192,6 @@ def peak_memory() -> float:
 
 def train_in_fresh_process(engine_type: type[opacus.PrivacyEngine], mode: str, args: argparse.Namespace) -> Result:
     """`train` in a process of its own, because a process' peak memory never falls again."""
-    # For each batch size that they meet, PyTorch's CPU kernels are generated anew and kept. Private batches have random
-    # sizes, so the kernels would soon take more memory than the training, in every mode alike.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(train, engine_type, mode, args).result()
 
@@ -221,6 +220,8 @@ def plot(results: list[Result], max_grad_norm: float, path: Path) -> None:
         max_grad_norm: the clipping norm C.
         path: where the picture goes.
     """
+    from matplotlib.figure import Figure  # here, since most runs draw nothing
+
     norms = results[0].norms
     figure = Figure(figsize=(5.5, 4) if norms is None else (10, 4), layout="constrained")
     panels = figure.subplots(1, 1 if norms is None else 2, squeeze=False)[0]
@@ -236,6 +237,8 @@ def plot(results: list[Result], max_grad_norm: float, path: Path) -> None:
 
 def draw_accuracies(axes: Axes, results: list[Result]) -> None:
     """Test accuracy against epsilon spent, one line a run and one point an epoch."""
+    from matplotlib.ticker import PercentFormatter
+
     for result, style in zip(results, ("-o", "--x"), strict=False):
         label = f"{result.name}: {result.accuracies[-1]:.1%} at {result.epsilons[-1]:.2f}"
         axes.plot(result.epsilons, result.accuracies, style, markersize=4, linewidth=1.5, label=label)
@@ -321,10 +324,15 @@ def positive_int(text: str) -> int:
 def main() -> None:
     """Trains, prints a table, and draws."""
     args = arguments()
-    results = [train_in_fresh_process(opacus_fgc.PrivacyEngine, args.mode, args)]
+    # For each batch size that they meet, PyTorch's CPU kernels are generated anew and kept. Private batches have random
+    # sizes, so the kernels would soon take more memory than the training, in every mode alike.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "0")
     if args.compare:
         # Nothing but the engine is another: the seed gives both the same weights, batches and noise.
-        results.append(train_in_fresh_process(opacus.PrivacyEngine, "ghost", args))
+        runs = [(opacus_fgc.PrivacyEngine, args.mode), (opacus.PrivacyEngine, "ghost")]
+        results = [train_in_fresh_process(engine_type, mode, args) for engine_type, mode in runs]
+    else:
+        results = [train(opacus_fgc.PrivacyEngine, args.mode, args)]
 
     print(table(results))
     print(f"noise multiplier {results[0].noise_multiplier:.3f}; epsilon is for delta {args.delta:g}")

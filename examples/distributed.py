@@ -8,7 +8,7 @@ lies over the processes shows from the model itself, so `make_private_with_epsil
 - ``--parallel tensor``: each rank has a part of the linear layer, and the same whole batch.
 
     pip install "opacus_fgc[examples]"
-    torchrun --standalone --nproc_per_node 2 examples/distributed.py --parallel fsdp
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 examples/distributed.py --parallel fsdp
 """
 
 from __future__ import annotations

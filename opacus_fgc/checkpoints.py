@@ -35,8 +35,8 @@ class Checkpoints(OpacusPrivacyEngine):
             **kwargs: the other arguments of Opacus' method.
         """
         layout = _layout(module, optimizer)
-        cut = layout is not None and layout.forward_communicates
-        if cut:
+        sharded = layout is not None and layout.forward_communicates
+        if sharded:
             state = WholeState(module).state_dict(**(kwargs.pop("module_state_dict_kwargs", None) or {}))
             module = SimpleNamespace(state_dict=lambda: state)
             if optimizer is not None:
@@ -44,7 +44,7 @@ class Checkpoints(OpacusPrivacyEngine):
                 optimizer = SimpleNamespace(state_dict=lambda: optimizer_state)
         if layout is None or dist.get_rank() == 0:
             self._write_checkpoint(path, module=module, optimizer=optimizer, **kwargs)
-        if cut:
+        if sharded:
             dist.barrier()
 
     def _write_checkpoint(self, path: Any, **kwargs: Any) -> None:

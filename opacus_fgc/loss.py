@@ -22,7 +22,7 @@ MODES: dict[str, Backward] = {"ghost": double_backward, "ghost_bk": book_keeping
 """How each ``grad_sample_mode`` that this package serves gets the clipped sum; all others are Opacus' own."""
 
 NAMES = {"ghost_fsdp": "ghost", "ghost_tp": "ghost"}
-"""Opacus' names for "ghost" by the way a model is laid out over processes, which shows from the model."""
+"""Opacus' names for "ghost" by how a model is laid out over processes, which shows from the model."""
 
 
 class DPLossFastGradientClipping(OpacusLoss):

@@ -1,4 +1,4 @@
-"""The planner: the cheapest exact way to the norms of a layer's per-sample gradients, and what is kept for their sum.
+"""The planner: the cheapest exact method for the norms of a layer's per-sample gradients, and what is kept for their sum.
 
 Decided anew for every call, from the shapes at hand. Nothing here changes a result; only time and memory.
 """
@@ -11,7 +11,7 @@ from enum import Enum
 
 
 class NormMethod(Enum):
-    """A way to the norms of per-sample gradients."""
+    """How the norms of per-sample gradients are computed."""
 
     STORED = "gradients as they are"
     CLOSED = "product of norms"
@@ -97,7 +97,7 @@ class Memory:
             (The gradient of one sample is the least that is formed at a time.)
         ghost: what mode "ghost" keeps of its first pass, which spares the second pass these parameters.
         ghost_bk: what mode "ghost_bk" keeps. All forms are kept; ``share`` bounds the per-sample gradients that are kept in
-            place of activations and backprops since they are the faster way.
+            place of activations and backprops since they are the faster method.
     """
 
     temporary: int = 2**25
@@ -110,7 +110,7 @@ MEMORY = Memory()
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a multiply-add costs in each way, as a multiple of one in a large matrix product (measured on CPUs).
+    """What a multiply-add costs in each norm method, as a multiple of one in a large matrix product (measured on CPUs).
 
     Attributes:
         gram: of Gram matrices.
@@ -128,7 +128,7 @@ _TRAFFIC = 30
 
 
 def costs(kernels: Kernels, positions: int, p: int, d: int) -> dict[NormMethod, float]:
-    """The extra work of each way for one sample: beyond the step without privacy where the sum is made of what is kept.
+    """The extra work of each norm method for one sample: beyond the step without privacy where the sum is made of what is kept.
 
     Gram matrices take ``T^2 (p + d)`` multiply-adds, gradients ``T p d``. Gradients that are kept are all that the sum
     needs, so the ordinary gradient's work is saved.
@@ -149,12 +149,12 @@ def costs(kernels: Kernels, positions: int, p: int, d: int) -> dict[NormMethod, 
 
 
 def cheapest(options: Mapping[NormMethod, float]) -> NormMethod:
-    """The way that costs least."""
+    """The norm method that costs least."""
     return min(options, key=options.__getitem__)
 
 
 def slices(count: int, elements: int) -> Iterator[slice]:
-    """Cuts samples into slices whose temporaries stay within `Memory.temporary`.
+    """Divides samples into slices whose temporaries stay within `Memory.temporary`.
 
     Args:
         count: number of samples.

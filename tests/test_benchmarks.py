@@ -22,7 +22,7 @@ pytest.importorskip("tabulate")
 import distributed
 from communication import Communication
 from measure import BASELINE, WAYS, Figures, make_step, peak_memory
-from report import tables
+from report import read, tables
 from scaling import Batch, sent
 from workloads import MAIN, SWEEPS, WORKLOADS, Transformer, Workload, gpt2, tokens
 
@@ -97,6 +97,27 @@ def test_means():
     assert lines.count(["geometric mean where all run", "8.00", "2.00", "2.00", "1.00"]) == 2
     assert lines.count(["worst", "8.00", "2.00", "8.00", "4.00"]) == 2
     assert "ghost_bk is 2.00 times as fast as opacus ghost" in text
+
+
+def test_tables_are_read_as_they_were_written():
+    results = {"MLP": figures(8.0, 2.0, 2.0, 1.0), "LoRA": figures(2.0, None, 8.0, 4.0)}
+    found = read(f"Some text\n\n{tables(results)}\n\n| another | table |\n")
+    assert {name: (one.time, one.memory) for name, one in found.items()} == {
+        name: (one.time, one.memory) for name, one in results.items()
+    }
+    assert read("| MLP | 1.00 | 1.00 | 1.00 | 1.00 |") == {}
+
+
+def test_draw(tmp_path):
+    page, picture = tmp_path / "page.md", tmp_path / "page.png"
+    page.write_text(tables({"MLP": figures(8.0, 2.0, 2.0, 1.0)}))
+    command = [sys.executable, BENCHMARK.with_name("draw.py"), page, picture]
+    subprocess.run(command, check=True)
+    assert picture.stat().st_size > 0
+    page.write_text("nothing")
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "none of the tables" in run.stderr
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from opacus_fgc.planner import MEMORY
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 BLOCK = re.compile(r"^(?:<!-- (?P<comment>.*?) -->\n)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMENT = re.compile(r"new names|not run: .+")
 TEST = re.compile(r"`(?:tests/)?(?P<file>test_\w+\.py)(?:::(?P<name>\w+))?`")
@@ -129,12 +130,40 @@ def test_files_that_are_linked_are_there(page: Path) -> None:
             assert (page.parent / match["target"]).exists(), match["target"]
 
 
+def test_headings_that_the_readme_links_are_there() -> None:
+    """Those of other pages are checked when the site is built."""
+    links = re.findall(r"\]\((docs/\w[\w-]*\.md)#([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(links) >= 10
+    for page, anchor in links:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(), re.MULTILINE)
+        assert anchor in [re.sub(r"[^\w\s-]", "", heading.lower()).replace(" ", "-") for heading in headings], anchor
+
+
 def test_images_are_small() -> None:
     images = list((ROOT / "docs" / "images").iterdir())
     assert images
     for image in images:
         assert image.suffix == ".png"
         assert image.stat().st_size < LARGEST_IMAGE
+
+
+def test_readme_has_the_figures_of_the_speed_page() -> None:
+    """Of one run; on both pages, the rows of time come first."""
+    figures = [
+        dict(re.findall(r"^\| (.+?) \| (.*\d\.\d\d) \|$", page.read_text().partition("| peak memory")[0], re.MULTILINE))
+        for page in (ROOT / "README.md", ROOT / "docs" / "speed.md")
+    ]
+    assert len(figures[0]) >= 8
+    assert figures[0].items() <= figures[1].items()
+
+
+def test_picture_was_drawn_from_the_tables_beside_it() -> None:
+    image = pytest.importorskip("PIL.Image")
+    report = pytest.importorskip("report")  # in benchmarks/
+    results = report.read((ROOT / "docs" / "speed.md").read_text())
+    assert len(results) >= 10
+    with image.open(ROOT / "docs" / "images" / "step.png") as picture:
+        assert picture.text["Comment"] == report.tables(results)
 
 
 @cache
@@ -164,6 +193,9 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     for page in PAGES[1:]:
         assert f": {page.name}\n" in navigation, page.name
+    assert NOTEBOOKS
+    for notebook in NOTEBOOKS:
+        assert f": notebooks/{notebook.name}\n" in navigation, notebook.name
 
 
 def test_files_of_the_architecture_are_there() -> None:

@@ -21,6 +21,17 @@ def test_digits(mode: str, tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"opacus_fgc {mode} " in run.stdout
     assert picture.stat().st_size > 0
+    assert "Warning" not in run.stderr
+
+
+@pytest.mark.slow
+def test_digits_compared() -> None:
+    pytest.importorskip("sklearn")
+    command = [sys.executable, EXAMPLES / "digits.py", "--epochs", "1", "--compare"]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line.split()[:2] for line in run.stdout.splitlines()]
+    assert ["opacus_fgc", "ghost"] in rows and ["opacus", "ghost"] in rows
+    assert "Warning" not in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -45,6 +56,7 @@ def test_distributed() -> None:
     (row,) = [line for line in run.stdout.splitlines() if line.startswith("fsdp")]  # of one rank
     assert row.split()[:3] == ["fsdp", "ghost_bk", "2"]
     assert row.endswith("3,093 of 6,186")
+    assert "Warning" not in run.stderr
 
 
 def test_distributed_says_how_to_start_it() -> None:

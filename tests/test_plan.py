@@ -40,7 +40,7 @@ def test_a_row_for_each_layer() -> None:
     assert rows["own.scale"].parameters == 4 and rows["head"].parameters == 10
     assert rows["lstm.l0.hh"].shapes == f"5 times {N}x4 -> {N}x16"
     assert rows["embedding"].shapes == f"{N}x5 -> {N}x5x3"
-    assert rows["embedding"].type == "Embedding" and rows["embedding"].way == "sums of rows"
+    assert rows["embedding"].type == "Embedding" and rows["embedding"].norm_method == "sums of rows"
     assert all(row.seconds > 0 and row.memory > 0 for row in plan.rows)
     assert sum(row.seconds for row in plan.rows) < plan.seconds
 
@@ -75,12 +75,14 @@ def test_grad_samplers_are_called_by_their_name(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(GradSampleHooks.GRAD_SAMPLERS, Scale, scale)
     _, plan = watched(Scale(), torch.randn(N, 4))
-    assert [(row.layer, row.sampler, row.way) for row in plan.rows] == [("", "grad sampler", "gradients as they are")]
+    assert [(row.layer, row.sampler, row.norm_method) for row in plan.rows] == [
+        ("", "grad sampler", "gradients as they are")
+    ]
 
 
 def test_tied_parameters_are_measured_once() -> None:
     _, plan = watched(tied_language_model(), torch.randint(11, (N, 4)))
-    ways = {row.layer: row.way for row in plan.rows}
+    ways = {row.layer: row.norm_method for row in plan.rows}
     assert ways["head"] == "with a layer that shares its parameters"
     assert ways["embedding"] == "inner products"
 

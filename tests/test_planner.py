@@ -121,7 +121,7 @@ def test_choice_follows_the_batch() -> None:
     for positions in (1, 4, 256):
         with module.plan() as plan:
             module.first_pass(module(torch.randn(2, positions, 32)).square().sum((1, 2)))
-        ways.append(plan.rows[0].way)
+        ways.append(plan.rows[0].norm_method)
     assert ways == [way.value for way in (NormMethod.CLOSED, NormMethod.GRAM, NormMethod.FORMED)]
 
 

@@ -1,4 +1,4 @@
-"""States of models and optimizers that are cut over ranks, as one process has them: for checkpoints."""
+"""States of models and optimizers that are sharded over ranks, as one process has them: for checkpoints."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class WholeState:
             state: the state, with whole tensors.
             **kwargs: arguments of the owner's own ``load_state_dict``.
         """
-        cut = self._of_model(state) if isinstance(self._owner, nn.Module) else self._of_optimizer(state)
-        return self._owner.load_state_dict(cut, **kwargs)
+        sharded = self._of_model(state) if isinstance(self._owner, nn.Module) else self._of_optimizer(state)
+        return self._owner.load_state_dict(sharded, **kwargs)
 
     def _of_model(self, state: Mapping[str, Any]) -> dict[str, Any]:
         own = self._owner.state_dict()
@@ -52,12 +52,12 @@ class WholeState:
         places = chain.from_iterable(group["params"] for group in state["param_groups"])
         param_at = dict(zip(places, params, strict=True))
 
-        def cut(param: Any, value: Any) -> Any:
+        def shard(param: Any, value: Any) -> Any:
             # Counters of steps and the like have no shape of a parameter.
             return sharded_like(param, value) if isinstance(value, Tensor) and value.shape == param.shape else value
 
-        cuts = {
-            place: {name: cut(param_at[place], value) for name, value in values.items()}
+        shards = {
+            place: {name: shard(param_at[place], value) for name, value in values.items()}
             for place, values in state["state"].items()
         }
-        return {**state, "state": cuts}
+        return {**state, "state": shards}

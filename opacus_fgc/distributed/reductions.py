@@ -67,18 +67,18 @@ class ScatteredSum:
 
     Args:
         tensors: what this rank has of each, of one dtype and device.
-        dims: along which dimension each is cut.
+        dims: along which dimension each is sharded.
         axis: the ranks that get different parts.
         copies: axes whose ranks get the same part.
     """
 
     def __init__(self, tensors: Sequence[Tensor], dims: Sequence[int], axis: Axis, copies: Sequence[Axis]) -> None:
-        cuts = [tensor.chunk(axis.size, dim) for tensor, dim in zip(tensors, dims, strict=True)]
+        shards = [tensor.chunk(axis.size, dim) for tensor, dim in zip(tensors, dims, strict=True)]
         # Parts are as long as the first, so that all ranks get as much.
-        self._lengths = [pieces[0].numel() for pieces in cuts]
+        self._lengths = [pieces[0].numel() for pieces in shards]
         self._shapes = []
         parts = tensors[0].new_zeros(axis.size, sum(self._lengths))
-        for pieces, places in zip(cuts, parts.split(self._lengths, 1), strict=True):
+        for pieces, places in zip(shards, parts.split(self._lengths, 1), strict=True):
             for piece, place in zip(pieces, places, strict=False):
                 place[: piece.numel()] = piece.flatten()
         for tensor, dim in zip(tensors, dims, strict=True):

@@ -25,7 +25,7 @@ from opacus_fgc.sampling.secure import SecurePoissonSampler
 class Part(list[int]):
     """What one rank has of a batch. Its length is that of the largest part of all ranks.
 
-    So whoever cuts it into physical batches by its length, as Opacus' `BatchMemoryManager` does, makes as many on every rank,
+    So whoever divides it into physical batches by its length, as Opacus' `BatchMemoryManager` does, makes as many on every rank,
     the last ones maybe empty: under FSDP each forward has to be on all ranks.
 
     Args:

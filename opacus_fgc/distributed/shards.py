@@ -135,14 +135,14 @@ def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
     if not meshes:
         return View(layer, uses, params)
     (mesh,) = meshes
-    cuts = {name: cut for name, param in params.items() if (cut := _cut_of(param)) is not None}
+    sharded = {name: dim for name, param in params.items() if (dim := _shard_dim(param)) is not None}
     if not isinstance(layer, nn.Module):
         raise NotImplementedError(
             "an operation on distributed tensors, whose shards of per-sample gradients are not known. Let its module work on "
             "whole tensors: leave it out of the plan for parallelize_module, and parts of sequences too; or take a layer of "
             "torch that does the same (nn.LayerNorm, nn.RMSNorm)"
         )
-    inputs, outputs = _cuts_of_data(layer, cuts, params)
+    inputs, outputs = _shard_dims_of_data(layer, sharded, params)
     change: dict[str, Any] = {}
     local_uses = []
     for call, backprops in uses:
@@ -150,7 +150,7 @@ def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
         local_backprops = [_placed(tensor, outputs, mesh) for tensor in backprops]
         if isinstance(layer, nn.Embedding):
             change.update(padding_idx=None, embedding_dim=local(params["weight"]).shape[1])
-            activations[0], local_backprops[0] = _rows(layer, activations[0], local_backprops[0], mesh, cuts)
+            activations[0], local_backprops[0] = _rows(layer, activations[0], local_backprops[0], mesh, sharded)
         local_uses.append(Use(call.with_activations(activations), tuple(local_backprops)))
     own = {name: _detached(param) for name, param in params.items()}
     return View(with_parameters(layer, plain_type(layer), own, change), local_uses, own)
@@ -161,40 +161,40 @@ def plain_type(layer: nn.Module) -> type:
     return next(kind for kind in type(layer).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def _cut_of(param: Tensor) -> int | None:
-    """The dimension along which a parameter is cut; None if it is copied."""
+def _shard_dim(param: Tensor) -> int | None:
+    """The dimension along which a parameter is sharded; None if it is replicated."""
     return getattr(param.placements[0], "dim", None) if isinstance(param, DTensor) else None
 
 
-def _cuts_of_data(
-    layer: nn.Module, cuts: dict[str, int], params: Mapping[str, Tensor]
+def _shard_dims_of_data(
+    layer: nn.Module, sharded: dict[str, int], params: Mapping[str, Tensor]
 ) -> tuple[int | None, int | None]:
-    """Along which dimension activations and backprops have to be cut, so that the local layer's gradients are the shards."""
-    if not cuts:
+    """Along which dimension activations and backprops have to be sharded, so that the local layer's gradients are the shards."""
+    if not sharded:
         return None, None
     linear, embedding = isinstance(layer, nn.Linear), isinstance(layer, nn.Embedding)
-    if (linear and cuts == dict.fromkeys(params, 0)) or (embedding and cuts == {"weight": 1}):
+    if (linear and sharded == dict.fromkeys(params, 0)) or (embedding and sharded == {"weight": 1}):
         return None, -1
-    if linear and cuts == {"weight": 1}:
+    if linear and sharded == {"weight": 1}:
         return -1, None
-    if embedding and cuts == {"weight": 0}:
+    if embedding and sharded == {"weight": 0}:
         return None, None
     raise NotImplementedError(
-        "it is cut in a way whose per-sample gradients are not known: tensor parallel is supported for Linear "
+        "it is sharded in a way whose per-sample gradients are not known: tensor parallel is supported for Linear "
         "(ColwiseParallel, RowwiseParallel), Embedding (likewise), and layers whose parameters are copied. Leave it "
         "out of the plan for parallelize_module"
     )
 
 
-def _placed(tensor: Tensor, cut: int | None, mesh: Any) -> Tensor:
-    """What this rank has of a tensor that is cut along a dimension, or copied."""
+def _placed(tensor: Tensor, dim: int | None, mesh: Any) -> Tensor:
+    """What this rank has of a tensor that is sharded along a dimension, or replicated."""
     if isinstance(tensor, DTensor):
-        return local(tensor.redistribute(mesh, [Replicate() if cut is None else Shard(tensor.dim() + cut)]))
-    if cut is None:
+        return local(tensor.redistribute(mesh, [Replicate() if dim is None else Shard(tensor.dim() + dim)]))
+    if dim is None:
         return tensor
     return (
         DTensor.from_local(tensor, mesh, [Replicate()], run_check=False)
-        .redistribute(mesh, [Shard(tensor.dim() + cut)])
+        .redistribute(mesh, [Shard(tensor.dim() + dim)])
         .to_local()
     )
 
@@ -204,11 +204,11 @@ def _detached(param: Tensor) -> Tensor:
 
 
 def _rows(
-    layer: nn.Embedding, index: Tensor, backprops: Tensor, mesh: Any, cuts: dict[str, int]
+    layer: nn.Embedding, index: Tensor, backprops: Tensor, mesh: Any, sharded: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
     """Tokens as rows of this rank's part of the table, and backprops that are 0 where the row is another rank's."""
     rows = range(layer.num_embeddings)
-    if cuts.get("weight") == 0:
+    if sharded.get("weight") == 0:
         rows = shard_rows(layer.num_embeddings, Axis(mesh.get_group(), data=False))
     elsewhere = (index < rows.start) | (index >= rows.stop)
     if layer.padding_idx is not None:

@@ -50,7 +50,7 @@ class PerSampleGradient(ABC):
     Attributes:
         shape: shape of the parameter.
         batch_size: number of samples, ``N``.
-        method: how the norm is computed, where there is one way only.
+        method: how the norm is computed, where there is one method only.
     """
 
     shape: torch.Size

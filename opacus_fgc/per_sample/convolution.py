@@ -61,7 +61,7 @@ class Convolution(SumOverPositions):
     """``gradient[n]`` is the weight gradient of a convolution of one sample.
 
     A convolution is a linear map of the patches that its kernel sees (Rochette et al. 2019, arXiv:1912.06015), so its norm
-    can come from Gram matrices of the patches; that is the cheaper way where there are few positions. Where there are many,
+    can come from Gram matrices of the patches; that is the cheaper method where there are few positions. Where there are many,
     the gradients are formed, one element of the kernel at a time: as the product of the backprops and the image, shifted by
     that element's offset.
 
@@ -107,11 +107,11 @@ class Convolution(SumOverPositions):
         images, backprops = self.images[samples], self.backprops[samples]
         return Convolution(images, backprops, self.shape, self._stride, self._padding, self._dilation, self._groups)
 
-    def temporary(self, way: NormMethod) -> int:
+    def temporary(self, method: NormMethod) -> int:
         groups, positions, _, d = self.sizes
-        if way is NormMethod.GRAM:
+        if method is NormMethod.GRAM:
             return groups * positions * (positions + d)
-        return super().temporary(way) + math.prod(self.images.shape[1:]) + math.prod(self.backprops.shape[1:])
+        return super().temporary(method) + math.prod(self.images.shape[1:]) + math.prod(self.backprops.shape[1:])
 
     def _windows(self, images: Tensor) -> Tensor:
         """What the kernel sees of images, a view of shape ``(N, channels, *positions, *kernel)``."""

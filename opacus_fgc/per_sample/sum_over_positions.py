@@ -19,7 +19,7 @@ class SumOverPositions(PerSampleGradient):
     The norm comes from Gram matrices or from the gradients, whatever is cheaper for the shapes at hand; see `planner`.
 
     Attributes:
-        KERNELS: what the ways cost.
+        KERNELS: what the norm methods cost.
     """
 
     KERNELS: Kernels
@@ -36,10 +36,10 @@ class SumOverPositions(PerSampleGradient):
     @abstractmethod
     def select(self, samples: slice | Tensor) -> SumOverPositions: ...
 
-    def temporary(self, way: NormMethod) -> int:
+    def temporary(self, method: NormMethod) -> int:
         """How many elements one sample's work takes beyond what is there."""
         groups, positions, p, d = self.sizes
-        return groups * (positions**2 if way is NormMethod.GRAM else p * d)
+        return groups * (positions**2 if method is NormMethod.GRAM else p * d)
 
     @abstractmethod
     def gram(self) -> Squares:
@@ -57,15 +57,15 @@ class SumOverPositions(PerSampleGradient):
         options = planner.costs(self.KERNELS, positions, p, d)
         if self.batch_size * groups * p * d > room.elements:
             del options[NormMethod.KEPT]
-        way = planner.cheapest(options) if self.batch_size else NormMethod.KEPT
-        if way is NormMethod.KEPT:
+        method = planner.cheapest(options) if self.batch_size else NormMethod.KEPT
+        if method is NormMethod.KEPT:
             gradients = self.formed()
-            return Measured(gradients.norm(), gradients, way)
-        temporary = self.temporary(way)
+            return Measured(gradients.norm(), gradients, method)
+        temporary = self.temporary(method)
         parts = [self.select(samples) for samples in planner.slices(self.batch_size, temporary)]
-        if way is NormMethod.GRAM:
+        if method is NormMethod.GRAM:
             norms = [part.gram().norm(part.norm_one_by_one) for part in parts]
         else:
             norms = [part.above_rounding(part.formed().norm()) for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.cat(norms)
-        return Measured(norm, self if self.fits(room) else None, way, parts[0].batch_size * temporary)
+        return Measured(norm, self if self.fits(room) else None, method, parts[0].batch_size * temporary)

@@ -1,4 +1,4 @@
-"""The plan of a step: which way each layer took to its norms and its clipped sum, and what that cost."""
+"""The plan of a step: how each layer came to its norms and its clipped sum, and what that cost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Row:
         sampler: where its per-sample gradients come from.
         parameters: number of trainable elements.
         shapes: of its first input and output in the last step, and how often it was called.
-        way: how the norms were computed.
+        norm_method: how the norms were computed.
         memory: the most bytes beyond activations and backprops: temporaries, and what was kept for the clipped sum.
         seconds: time for its norms and its clipped sum.
     """
@@ -40,7 +40,7 @@ class Row:
     sampler: str = ""
     parameters: int = 0
     shapes: str = ""
-    way: str = ""
+    norm_method: str = ""
     memory: int = 0
     seconds: float = 0.0
 
@@ -131,11 +131,11 @@ class StepProfile(Unwatched):
         row.shapes = " -> ".join("x".join(map(str, tensor.shape)) for tensor in tensors)
         if len(uses) > 1:
             row.shapes = f"{len(uses)} times {row.shapes}"
-        ways = [one.method.value for one in measured.values() if one.method is not NormMethod.STORED]
+        methods = [one.method.value for one in measured.values() if one.method is not NormMethod.STORED]
         if len(measured) < len(trainable):
-            ways.append("with a layer that shares its parameters")
-        # Of weight and bias, the weight's way says more.
-        row.way = ", ".join(dict.fromkeys(ways)) or NormMethod.STORED.value
+            methods.append("with a layer that shares its parameters")
+        # Of weight and bias, the weight's norm method says more.
+        row.norm_method = ", ".join(dict.fromkeys(methods)) or NormMethod.STORED.value
         row.memory = max(row.memory, sum(one.memory for one in measured.values()))
         row.seconds += self.lap()
         self._by_param.update(dict.fromkeys(measured, row))
@@ -148,13 +148,14 @@ class StepProfile(Unwatched):
 
     def second_pass(self, params: Sequence[nn.Parameter]) -> None:
         row = self._by_name.setdefault("(second pass)", Row("(second pass)"))
-        row.parameters, row.way = sum(param.numel() for param in params), "backward of the weighted loss"
+        row.parameters = sum(param.numel() for param in params)
+        row.norm_method = "backward of the weighted loss"
         row.seconds += self.lap()
 
     def __str__(self) -> str:
         """A table, one row a layer."""
         total = self.seconds or 1.0
-        rest = Row("(all else)", way="forward, backward to the taps, checks")
+        rest = Row("(all else)", norm_method="forward, backward to the taps, checks")
         rest.seconds = self.seconds - sum(row.seconds for row in self.rows)
         cells = [
             (
@@ -163,11 +164,11 @@ class StepProfile(Unwatched):
                 row.sampler,
                 f"{row.parameters:,}" if row.parameters else "",
                 row.shapes,
-                row.way,
+                row.norm_method,
                 f"{row.memory / 2**20:.1f}" if row.type else "",
                 f"{row.seconds / total:.1%}",
             )
             for row in (*self.rows, rest)
         ]
-        headers = ("layer", "type", "sampler", "parameters", "shapes", "way to the norm", "extra MiB", "share of step")
+        headers = ("layer", "type", "sampler", "parameters", "shapes", "norm method", "extra MiB", "share of step")
         return tabulate(cells, headers, colalign=("left",) * 3 + ("right", "left", "left", "right", "right"))
