@@ -19,6 +19,7 @@ from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.independence import check_independence, replacements
 from opacus_fgc.certificates.model_state import ModelState, restored
 from opacus_fgc.certificates.observations import Forward, Observations
+from opacus_fgc.certificates.owned_inputs import owned_inputs
 from opacus_fgc.certificates.ownership import Owned, find_owners
 from opacus_fgc.certificates.ownership_errors import order_error
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
@@ -167,11 +168,7 @@ class CertifiedModel(TriedModel):
         signs = (1, -1) if due.is_new else (choices.choice((1, -1)),)
         for entrance in self._entrances(reached):
             own = {(call.layer, call.number): found for call, found in owned.items() if call.entrance is entrance}
-            inputs = {
-                path: own[call]
-                for path, call in entrance.rows.items()
-                if call in own and len(own[call].samples) != size and own[call].is_in_order(size)
-            }
+            inputs = owned_inputs(entrance, own, size)
             comparison = Comparison(layers.__contains__, self.certification.dealt_out, own)
             # What was noted before it was known that positions are rows is of no use.
             known = entrance.forward is not None and entrance.forward.size == size and not by_position

@@ -14,6 +14,9 @@ class CausalLMLoss(nn.Module):
     Each token is predicted from those before it, so logits and labels are shifted against each other. The loss of a sequence
     is the mean over its tokens, those with ``ignore_index`` left out.
 
+    Sequences may be packed, one after another in one row, as `transformers.DataCollatorWithFlattening` makes it; with their
+    ``position_ids`` there is one loss for each of them.
+
     Args:
         ignore_index: label of tokens that do not count.
         reduction: how the losses of the sequences are reduced: "mean", "sum" or "none".
@@ -24,17 +27,23 @@ class CausalLMLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
 
-    def forward(self, outputs: Any, labels: Tensor) -> Tensor:
+    def forward(self, outputs: Any, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Computes the loss.
 
         Args:
             outputs: logits, shape ``(N, T, vocabulary)``, or an object that has them as ``logits``.
             labels: tokens, shape ``(N, T)``, not shifted.
+            position_ids: of packed sequences the place of each token in its sequence, shape ``(1, T)``, which is 0 where a
+                sequence begins; None if each row is one sequence.
 
         Returns:
-            The loss, in float32 at least; shape ``(N,)`` without reduction, ``()`` with it.
+            The loss, in float32 at least; shape ``(N,)`` without reduction, ``()`` with it. ``N`` is the number of sequences.
         """
         logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        starts = None if position_ids is None else self.starts(position_ids)
+        if starts is not None:
+            # The first token of a sequence is not predicted from the last one of the sequence before.
+            labels = labels.masked_fill(starts, self.ignore_index)
         labels = labels[:, 1:]
         losses = F.cross_entropy(
             logits[:, :-1].mT.float() if logits.element_size() < 4 else logits[:, :-1].mT,
@@ -42,5 +51,38 @@ class CausalLMLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction="none",
         )
-        losses = losses.sum(1) / (labels != self.ignore_index).sum(1).clamp(min=1)
+        counted = (labels != self.ignore_index).to(losses.dtype)
+        if starts is not None:
+            sequence = starts[0].cumsum(0) - 1
+            count = int(starts.sum())
+            losses, counted = (
+                value.new_zeros(count).index_add(0, sequence[1:], value[0]) for value in (losses, counted)
+            )
+        else:
+            losses, counted = losses.sum(1), counted.sum(1)
+        losses = losses / counted.clamp(min=1)
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+
+    def takes_packed(self, outputs: Any, labels: Tensor, position_ids: Tensor | None = None) -> bool:
+        """Whether it is called on packed sequences, as it is; not in a class that computes something else."""
+        return position_ids is not None and type(self).forward is CausalLMLoss.forward
+
+    @staticmethod
+    def starts(position_ids: Tensor) -> Tensor:
+        """Where packed sequences begin, a mask of shape ``(1, T)``.
+
+        Args:
+            position_ids: see `forward`.
+
+        Raises:
+            ValueError: if they lie in several rows, or the first token begins no sequence.
+        """
+        if position_ids.dim() != 2 or len(position_ids) != 1:
+            raise ValueError(
+                f"position_ids has shape {tuple(position_ids.shape)}; packed sequences lie one after another in one row, (1, T). "
+                "Without packing leave position_ids out of the criterion's arguments"
+            )
+        starts = position_ids == 0
+        if starts.numel() and not starts[0, 0]:
+            raise ValueError("the first token's position is not 0, so that it is not known whose it is")
+        return starts

@@ -14,6 +14,7 @@ from opacus_fgc._compat.functorch import is_functorch_tensor
 from opacus_fgc.certificates.criterion import check_independent_losses, check_reduced_loss
 from opacus_fgc.certificates.sketch import OUT_OF_MEMORY
 from opacus_fgc.criterion.arguments import Arguments
+from opacus_fgc.criterion.causal_lm import CausalLMLoss
 from opacus_fgc.criterion.reduction import takes_reduction, unreduced
 from opacus_fgc.criterion.torch_criteria import TorchCriterion
 from opacus_fgc.errors import PrivacyValueError
@@ -85,6 +86,10 @@ class SampleLosses:
         def run(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return criterion(*args, **kwargs)
 
+        criterion: Any = self.criterion
+        if isinstance(criterion, CausalLMLoss) and criterion.takes_packed(*args, **kwargs):
+            # Each loss is of one sequence's logits and labels by its definition.
+            return unreduced(criterion, args, kwargs)
         if shape is not None or not batch_first:
             run = unreduced
         elif self._takes_reduction:

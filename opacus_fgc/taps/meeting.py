@@ -56,21 +56,23 @@ class Meeting(ForwardWatch):
 
     _tap_op: TapOp
 
-    def _expanded(self, shared: Tensor, size: int, dims: int, axis: int) -> Tensor:
-        """One row a sample of something shared; constants need no tap."""
+    def _expanded(self, shared: Tensor, size: int, dims: int, axis: int, positions: int | None = None) -> Tensor:
+        """One row a sample of something shared, or for each of so many positions of one; constants need no tap."""
         aligned = shared[(None,) * (dims - shared.dim())]
         if aligned.dim() <= axis or aligned.shape[axis] != 1:
             raise NotCaughtError
         rows = aligned.expand(*aligned.shape[:axis], size, *aligned.shape[axis + 1 :])
+        if positions is not None and rows.dim() > 2 and rows.shape[1] == 1:
+            rows = rows.expand(-1, positions, *[-1] * (rows.dim() - 2))
         if not self._is_caught(shared):
             return rows
         return self._tap_op(rows, Op(torch.Tensor.expand, {0: shared}), BATCH_AXIS, (), {}, axis)
 
-    def _replaced(self, tree: Any, size: int, dims: int, axis: int) -> Any:
+    def _replaced(self, tree: Any, size: int, dims: int, axis: int, positions: int | None = None) -> Any:
         """Arguments in which everything that is caught has a batch axis."""
 
         def replace(tensor: Tensor) -> Tensor:
-            return self._expanded(tensor, size, dims, axis) if self._is_caught(tensor) else tensor
+            return self._expanded(tensor, size, dims, axis, positions) if self._is_caught(tensor) else tensor
 
         return tree_map_only(Tensor, replace, tree)
 
@@ -93,7 +95,9 @@ class Meeting(ForwardWatch):
             raise NotCaughtError
         if not any(size_of(tensor, axis - dims) == shape[axis] for tensor in tensors if not self.is_shared(tensor)):
             raise NotCaughtError
-        args, kwargs = self._replaced((args, kwargs), shape[axis], dims, axis)
+        # In a single row several samples may follow each other, so that each position gets a row of its own.
+        positions = shape[1] if axis == 0 and shape[0] == 1 and dims > 2 else None
+        args, kwargs = self._replaced((args, kwargs), shape[axis], dims, axis, positions)
         return func(*args, **kwargs)
 
     def _join(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

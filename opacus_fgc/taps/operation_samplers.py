@@ -100,6 +100,9 @@ class OpSampler:
 def _batch_axis(op: Op, call: Call, backprops: Tensor) -> dict[Tensor, PerSampleGradient]:
     (shared,) = op.shared.values()
     gradients = backprops.movedim(call.batch_axis, 0)
+    if gradients[:1].numel() > shared.numel():
+        # It got a row for each position, too.
+        gradients = gradients.sum(1)
     return {shared: Dense(gradients.reshape(len(gradients), *shared.shape))}
 
 
