@@ -104,6 +104,7 @@ class DPLossFastGradientClipping(OpacusLoss):
             aside=partial(self._aside, (args, kwargs)),
             model=wrapped_model(self.module),
         )
+        self.module.record.packed = self._losses.packed(args, kwargs)
         return DPTensorFastGradientClipping(
             self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward
         )

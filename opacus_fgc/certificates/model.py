@@ -21,7 +21,7 @@ from opacus_fgc.certificates.model_state import ModelState, restored
 from opacus_fgc.certificates.observations import Forward, Observations
 from opacus_fgc.certificates.owned_inputs import owned_inputs
 from opacus_fgc.certificates.ownership import Owned, find_owners
-from opacus_fgc.certificates.ownership_errors import order_error
+from opacus_fgc.certificates.ownership_errors import order_error, packed_error
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.certificates.sketch import forget_weights, raise_on_all_ranks
@@ -80,13 +80,25 @@ class CertifiedModel(TriedModel):
         structure, moved = self._structure(size, reached, record), self._moved(reached, record)
         schedule, dealt_out = self.certification.schedule, self.certification.dealt_out
         whole, is_new = schedule.is_due(size, structure), schedule.is_new(structure)
+        expected = self.expected_owners(reached, record)
+        others = [call for call in reached.calls if call not in expected]
         unknown = bool(size) and (
             not schedule.is_in_order(structure, moved)
-            or any(call.samples is None and (call.layer in dealt_out or call.rows % size) for call in reached.calls)
+            or any(call.samples is None and (call.layer in dealt_out or call.rows % size) for call in others)
         )
         draws = draws_that_tell(size) if is_new or unknown else 1
         due, new, dealt, draws = self.layout.all_reduce_max([whole, is_new, unknown, draws])
         return Due(size, structure, moved, bool(due), bool(new), bool(dealt), draws) if due or dealt else None
+
+    def expected_owners(self, reached: Reached, record: Record) -> dict[Any, Owned]:
+        """Whose the rows are of packed samples, by the criterion's arguments, in layers that were found to see these positions.
+
+        Certificates prove it, as they do for rows that are the samples in order.
+        """
+        if record.packed is None:
+            return {}
+        samples = record.packed.cpu()
+        return {call: Owned(samples, True) for call in reached.calls if call.layer in self.certification.by_position}
 
     @contextmanager
     def _witnessed(self, certifying: bool = False) -> Iterator[Backprops]:
@@ -153,7 +165,10 @@ class CertifiedModel(TriedModel):
 
     def _order_error(self, owned: Mapping[Any, Owned], size: int) -> Exception | None:
         """What is wrong with a layer that is called on the batch as it is, and whose rows belong to the losses of others."""
-        for call, (samples, _) in owned.items():
+        for call, (samples, by_position) in owned.items():
+            packed = None if self.record.packed is None or not by_position else self.record.packed.cpu()
+            if packed is not None and (len(packed) != len(samples) or (samples >= 0)[samples != packed].any()):
+                return packed_error(self._tapped(call.layer).name)
             on_batch = call.entrance is not None and (call.layer, call.number) in call.entrance.rows.values()
             row = next((row for row, sample in enumerate(samples.tolist()) if sample not in (-1, row)), None)
             if on_batch and len(samples) == size and row is not None:

@@ -31,7 +31,6 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], siz
     positions = [found.samples for found in owned.values() if found.by_position]
     longest = max(map(len, positions), default=0)
     if longest:
-        # The last tokens of sequences have no gradient in some layers, and in others they do.
         every = torch.stack([samples for samples in positions if len(samples) == longest]).amax(0)
         for path, tensor in tensors_by_path(entrance.inputs).items():
             if tensor.dim() > 1 and tensor.shape[0] * tensor.shape[1] == longest:

@@ -153,22 +153,50 @@ def _found(size: int, evidence: _Evidence, by_position: set[Any]) -> tuple[dict[
     """The owners of the rows of calls whose rows are not the samples in order; and outputs of which a row has not one owner."""
     found: dict[Any, Owned] = {}
     left: list[tuple[Output, int]] = []
-    for key, of_ones in evidence.plain.sketches.items():
+    out_of_order = {key for key, of_ones in evidence.plain.sketches.items() if not _is_in_order(size, evidence, key)}
+    # What passes for rows in order may be rows without a gradient.
+    layers = {key.call.layer for key in out_of_order}
+    for key in evidence.plain.sketches:
         positions = key.call.layer in by_position and evidence.plain.dims[key] > 2
-        expected = owners(len(of_ones), size, key.call.samples)
-        if expected is not None and not positions and not evidence.differs(key, expected).any():
+        if not positions and (key.call.layer not in layers or key.call.samples is not None):
+            # Of packed samples the order is known, and has to be that one.
+            left += [(key, 0)] if key in out_of_order else []
             continue
         samples = _owners_by_ratio(evidence, key)
         of_others = found.get(key.call)
         if of_others is not None:
-            samples = torch.where(samples < 0, of_others.samples, samples)
+            samples = torch.where(samples == -1, of_others.samples, samples)
         wrong = ((samples < -1) | _disagree(samples, of_others)).nonzero().flatten()
-        if len(wrong) or key.call.samples is not None:
-            # Of packed samples the order is known, and is another.
-            left.append((key, int(wrong[0]) if len(wrong) else 0))
+        if len(wrong):
+            left.append((key, int(wrong[0])))
         else:
             found[key.call] = Owned(samples, positions)
-    return found, left
+    return _with_last_positions(found), left
+
+
+def _is_in_order(size: int, evidence: _Evidence, key: Output) -> bool:
+    """Whether the rows of an output are the samples in order, as many for each, or as packed samples are known to be."""
+    expected = owners(len(evidence.plain.sketches[key]), size, key.call.samples)
+    return expected is not None and not evidence.differs(key, expected).any()
+
+
+def _with_last_positions(found: dict[Any, Owned]) -> dict[Any, Owned]:
+    """The same, in which positions without a gradient in some layers, as the last ones have, are whose they are in others."""
+    positions: dict[int, list[Tensor]] = {}
+    for samples, by_position in found.values():
+        if by_position:
+            positions.setdefault(len(samples), []).append(samples)
+    every = {rows: torch.stack(several).amax(0) for rows, several in positions.items()}
+    return {
+        call: Owned(every[len(one.samples)], True)
+        if one.by_position and _agree(one.samples, every[len(one.samples)])
+        else one
+        for call, one in found.items()
+    }
+
+
+def _agree(samples: Tensor, every: Tensor) -> bool:
+    return not ((samples >= 0) & (samples != every)).any()
 
 
 def _disagree(samples: Tensor, of_others: Owned | None) -> Tensor:

@@ -65,6 +65,18 @@ def order_error(layer: str, row: int, sample: int) -> Exception:
     )
 
 
+def packed_error(layer: str) -> Exception:
+    """The error for positions that belong to other losses than the criterion's arguments say.
+
+    Args:
+        layer: what to call the layer that has them.
+    """
+    return PrivacyNotImplementedError(
+        f"{layer}: its positions belong to other losses than position_ids says. Give the criterion those that the model got, and "
+        "let the model keep the tokens in their order"
+    )
+
+
 PADDING = (
     "Where samples have different numbers of rows (layer(x[mask]), tokens that are routed, graphs in one batch), pad "
     "them to the same number and use a mask. Where a batch is torch.cat of several views, call the layer once for each "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,19 +54,21 @@ class CausalLMLoss(nn.Module):
         )
         counted = (labels != self.ignore_index).to(losses.dtype)
         if starts is not None:
-            sequence = starts[0].cumsum(0) - 1
-            count = int(starts.sum())
-            losses, counted = (
-                value.new_zeros(count).index_add(0, sequence[1:], value[0]) for value in (losses, counted)
-            )
+            places = torch.arange(int(starts.sum()), device=starts.device)
+            own = starts[0, 1:].cumsum(0) == places[:, None]
+            losses, counted = (torch.where(own, value, 0.0).sum(1) for value in (losses, counted))
         else:
             losses, counted = losses.sum(1), counted.sum(1)
         losses = losses / counted.clamp(min=1)
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
-    def takes_packed(self, outputs: Any, labels: Tensor, position_ids: Tensor | None = None) -> bool:
-        """Whether it is called on packed sequences, as it is; not in a class that computes something else."""
-        return position_ids is not None and type(self).forward is CausalLMLoss.forward
+    def sequences(self, position_ids: Tensor) -> Tensor:
+        """Which of the packed sequences each token is of, shape ``(T,)``.
+
+        Args:
+            position_ids: see `forward`.
+        """
+        return self.starts(position_ids)[0].cumsum(0) - 1
 
     @staticmethod
     def starts(position_ids: Tensor) -> Tensor:

@@ -86,10 +86,9 @@ class SampleLosses:
         def run(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return criterion(*args, **kwargs)
 
-        criterion: Any = self.criterion
-        if isinstance(criterion, CausalLMLoss) and criterion.takes_packed(*args, **kwargs):
+        if self.packed(args, kwargs) is not None:
             # Each loss is of one sequence's logits and labels by its definition.
-            return unreduced(criterion, args, kwargs)
+            return unreduced(self.criterion, args, kwargs)
         if shape is not None or not batch_first:
             run = unreduced
         elif self._takes_reduction:
@@ -130,6 +129,20 @@ class SampleLosses:
                     self._owed = False
                     self._checked.add(key)
         return losses
+
+    def packed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Of packed sequences, which of them each token is of, shape ``(T,)``; None if samples are not packed.
+
+        Args:
+            args: positional arguments of the criterion.
+            kwargs: its keyword arguments.
+        """
+        criterion: Any = self.criterion
+        # Not in a class that computes something else.
+        if not isinstance(criterion, CausalLMLoss) or type(criterion).forward is not CausalLMLoss.forward:
+            return None
+        position_ids = args[2] if len(args) > 2 else kwargs.get("position_ids")
+        return None if position_ids is None else criterion.sequences(position_ids)
 
     def _copies(self, model: nn.Module | None) -> Callable[[], Any]:
         """Gives the criterion as it is now, for a run that leaves nothing behind; functions cannot be copied."""

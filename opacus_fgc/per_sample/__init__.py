@@ -8,6 +8,7 @@ Shapes: ``N`` samples; ``T`` positions of a sample (tokens, pixels) at which the
 
 from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
 from opacus_fgc.per_sample.convolution import Convolution
+from opacus_fgc.per_sample.grouped import Grouped
 from opacus_fgc.per_sample.norm_only import NormOnly, NormsOnlyError
 from opacus_fgc.per_sample.outer import Outer
 from opacus_fgc.per_sample.parts import Parts
@@ -18,6 +19,7 @@ from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
 __all__ = [
     "Convolution",
     "Dense",
+    "Grouped",
     "Measured",
     "NormOnly",
     "NormsOnlyError",

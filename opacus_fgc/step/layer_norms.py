@@ -15,12 +15,12 @@ from opacus_fgc.distributed.norms import mark
 from opacus_fgc.distributed.shards import View, view
 from opacus_fgc.errors import PrivacyRuntimeError, located
 from opacus_fgc.norm_samplers.registry import Forms
-from opacus_fgc.per_sample import Dense, NormOnly, NormsOnlyError, PerSampleGradient
+from opacus_fgc.per_sample import Dense, Grouped, NormOnly, NormsOnlyError, PerSampleGradient
 from opacus_fgc.per_sample.precision import full_precision
 from opacus_fgc.step.nonfinite import is_finite
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.profile import Unwatched
-from opacus_fgc.step.rows_by_sample import by_sample
+from opacus_fgc.step.rows_by_sample import dealt_out
 from opacus_fgc.taps.lookup import find_gradient_sampler
 from opacus_fgc.taps.tap import Call, Use
 from opacus_fgc.taps.tapping import Tapped
@@ -90,10 +90,11 @@ class LayerNorms(CertifiedModel):
                 )
                 uses = seen.uses
                 self._mark(layer, uses)
-                if self.record.owned and self.record.samples_in_loss is not None:
-                    uses = by_sample(uses, self.record.owned, self.record.samples_in_loss)
-                    seen = seen._replace(uses=uses)
-                measured = self.record.receive(self._forms(seen, layer), uses)
+                if any(use.call.key in self.record.owned for use in uses):
+                    forms = self._forms_by_owner(seen, layer)
+                else:
+                    forms = self._forms(seen, layer)
+                measured = self.record.receive(forms, uses)
         except (ValueError, RuntimeError) as error:
             raise located(error, layer.name)  # noqa: B904
         for param, one in measured.items():
@@ -124,6 +125,18 @@ class LayerNorms(CertifiedModel):
             for param, form in forms.items()
             if param.requires_grad and param in own
         }
+
+    def _forms_by_owner(self, seen: View, layer: Tapped) -> Forms:
+        """The forms where rows are not the samples in order."""
+        groups = dealt_out(seen.uses, self.record.owned, self.record.samples_in_loss or 0)
+        several = [
+            {param: group.form_of(form) for param, form in self._forms(seen._replace(uses=group.uses), layer).items()}
+            for group in groups
+        ]
+        if len(several) == 1:
+            return several[0]
+        places = [group.samples for group in groups]
+        return {param: Grouped([forms[param] for forms in several], places) for param in several[0]}
 
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)

@@ -110,6 +110,8 @@ class NormPass(LayerNorms):
             if due is not None and (due.comes_first or keep.everything):
                 record.owned = self.certify(due, loss_per_sample, reached, loss_scale)
                 due = None
+            else:
+                record.owned = self.expected_owners(reached, record)
             record.step, record.loss_scale = Step(retain_graph), loss_scale
             if due is None:
                 self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
@@ -117,8 +119,8 @@ class NormPass(LayerNorms):
                 with self._witnessed() as backprops:
                     self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
                 owned = self.certify(due, loss_per_sample, reached, loss_scale, backprops)
-                if not self.layout.on_all_ranks(not owned):
-                    # Norms were taken of rows that are not the samples in order.
+                if not self.layout.on_all_ranks(owned.keys() == record.owned.keys()):
+                    # Norms were taken as if rows were in another order.
                     self.record = record = record.again()
                     record.owned = owned
                     self._pass_to_taps(record, loss_per_sample, keep, retain_graph)

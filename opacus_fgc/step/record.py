@@ -47,6 +47,7 @@ class Record:
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
         owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
+        packed: which sample each position of a single row is of, by the criterion's arguments, shape ``(T,)``.
         in_half: whether a layer computed in half precision, or under autocast.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
@@ -70,6 +71,7 @@ class Record:
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
         self.owned: Mapping[Any, Owned] = {}
+        self.packed: Tensor | None = None
         self.in_half = False
         self.looking = False
         self.first_not_finite = ""
@@ -85,7 +87,7 @@ class Record:
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
-        other.owned = self.owned
+        other.owned, other.packed = self.owned, self.packed
         other.uses.expected, other.step, other.brought = self.uses.expected, self.step, self.brought
         return other
 

@@ -6,8 +6,9 @@ row, and nothing comes of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from torch import Tensor
 from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.certificates.sketch import owners
 from opacus_fgc.errors import PrivacyNotImplementedError
+from opacus_fgc.per_sample import PerSampleGradient
 from opacus_fgc.taps.operation_samplers import Op
 from opacus_fgc.taps.tap import Call, Use
+
+# Samples are in one group if the most rows of one are not so many times those of another, but for the last group.
+_FEW_TIMES, _GROUPS = 1.3, 5
 
 
 class _Group:
@@ -28,23 +33,45 @@ class _Group:
         self.backprops: list[tuple[Tensor, ...]] = []
         self.samples: list[Tensor] = []
 
+    @property
+    def is_of_operation(self) -> bool:
+        """Whether these are uses of an operation, and not of a layer."""
+        return isinstance(self.calls[0].fingerprint, Op)
 
-def by_sample(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> Sequence[Use]:
-    """Uses of a layer whose rows are dealt out to the samples.
+
+class Dealt(NamedTuple):
+    """Uses of a layer by some of the samples.
+
+    Attributes:
+        samples: which samples these are, ascending.
+        uses: the uses, on ``len(samples) * rows`` rows, so many for each sample.
+        rows: how many.
+    """
+
+    samples: Tensor
+    uses: Sequence[Use]
+    rows: int
+
+    def form_of(self, form: PerSampleGradient) -> PerSampleGradient:
+        """The form of these samples, from one of all their rows."""
+        several = self.rows > 1 and form.batch_size == len(self.samples) * self.rows
+        return form.sum_over_uses(self.rows) if several else form
+
+
+def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> list[Dealt]:
+    """Uses of a layer whose rows are dealt out to the samples, in groups of samples with about as many rows.
 
     Args:
         uses: all uses of the layer in a backward pass.
         owned: the owners of the rows of some calls, by `Call.key`; those of the others are the samples in order.
-        size: number of samples ``N``.
+        size: number of samples.
 
     Returns:
-        Uses on ``(N * K, ...)`` rows, ``K`` for each sample; the uses themselves if none of them is among ``owned``.
+        The groups; together they have each sample once.
 
     Raises:
         NotImplementedError: if rows of such a layer cannot be taken apart.
     """
-    if not any(use.call.key in owned for use in uses):
-        return uses
     groups: dict[Any, _Group] = {}
     for call, backprops in uses:
         found = owned.get(call.key)
@@ -56,6 +83,10 @@ def by_sample(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> Seq
                 "Call another layer for one of them"
             )
         positions = found is not None and found.by_position
+        if positions and backprops[0].shape[:2].numel() != len(samples):
+            raise PrivacyNotImplementedError(
+                f"it was called on {tuple(backprops[0].shape[:2])} positions, and the packed samples have {len(samples)}"
+            )
         activations = [_rows(tensor, call, positions, len(samples)) for tensor in call.activations]
         backprops = tuple(_rows(tensor, call, positions, len(samples)) for tensor in backprops)
         fingerprint = call.fingerprint
@@ -78,10 +109,29 @@ def by_sample(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> Seq
         group.activations.append(activations)
         group.backprops.append(backprops)
         group.samples.append(samples)
-    most = {key: max(1, *_counts(torch.cat(group.samples), size).tolist(), 0) for key, group in groups.items()}
-    # Operations add up their uses themselves.
-    at_least = 1 if isinstance(uses[0].call.fingerprint, Op) else max(most.values())
-    return [_dealt_out(group, size, max(at_least, most[key])) for key, group in groups.items()]
+    counts = {key: _counts(torch.cat(group.samples), size) for key, group in groups.items()}
+    return [
+        _dealt(groups, {key: int(count[samples].amax().clamp(min=1)) for key, count in counts.items()}, samples, size)
+        for samples in _alike(torch.stack(list(counts.values())).sum(0))
+    ]
+
+
+def _alike(counts: Tensor) -> list[Tensor]:
+    """Groups of samples with about as many rows, so that little of them is padding; ascending, together all samples."""
+    everyone, most = torch.arange(len(counts), device="cpu"), int(counts.amax().clamp(min=1))
+    if len(counts) * most <= _FEW_TIMES * int(counts.sum()):
+        return [everyone]
+    level = (
+        (math.log(most) - counts.clamp(min=1).double().log()).div(math.log(_FEW_TIMES)).long().clamp(max=_GROUPS - 1)
+    )
+    return [everyone[level == one] for one in level.unique().tolist()]
+
+
+def _dealt(groups: Mapping[Any, _Group], most: Mapping[Any, int], samples: Tensor, size: int) -> Dealt:
+    # Operations add up their uses themselves; other samplers take uses of one number of rows.
+    several = {key: most[key] if group.is_of_operation else max(most.values()) for key, group in groups.items()}
+    rows = 1 if any(group.is_of_operation for group in groups.values()) else max(most.values())
+    return Dealt(samples, [_padded(group, samples, size, several[key]) for key, group in groups.items()], rows)
 
 
 def _rows(tensor: Tensor, call: Call, positions: bool, count: int) -> Tensor:
@@ -96,9 +146,12 @@ def _counts(samples: Tensor, size: int) -> Tensor:
     return torch.bincount(samples[samples >= 0], minlength=size)
 
 
-def _dealt_out(group: _Group, size: int, most: int) -> Use:
-    """One use with ``most`` rows a sample."""
+def _padded(group: _Group, chosen: Tensor, size: int, most: int) -> Use:
+    """One use by some of the samples, with ``most`` rows for each."""
     call, samples = group.calls[0], torch.cat(group.samples)
+    # The last place is that of rows which are nobody's.
+    numbers = torch.full((size + 1,), -1, device="cpu").index_copy(0, chosen, torch.arange(len(chosen), device="cpu"))
+    samples, size = numbers[samples], len(chosen)
     order = samples.argsort(stable=True)
     order = order[int((samples < 0).sum()) :]
     starts = _counts(samples, size).cumsum(0) - _counts(samples, size)
@@ -110,7 +163,7 @@ def _dealt_out(group: _Group, size: int, most: int) -> Use:
     padding = torch.ones(size * most, dtype=torch.bool, device="cpu").index_fill(0, places, False)
     absent = (counts == 0).repeat_interleave(most)
 
-    def dealt_out(parts: Sequence[Tensor], zeros: Tensor) -> Tensor:
+    def of_chosen(parts: Sequence[Tensor], zeros: Tensor) -> Tensor:
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if len(whole) != len(samples):
             return whole
@@ -120,12 +173,12 @@ def _dealt_out(group: _Group, size: int, most: int) -> Use:
         # A row of another sample would be one whose inf or NaN comes to this one.
         return rows.masked_fill_(zeros.to(rows.device).view(-1, *[1] * (rows.dim() - 1)), 0)
 
-    activations = [dealt_out(parts, absent) for parts in zip(*group.activations, strict=True)]
-    backprops = tuple(dealt_out(parts, padding) for parts in zip(*group.backprops, strict=True))
+    activations = [of_chosen(parts, absent) for parts in zip(*group.activations, strict=True)]
+    backprops = tuple(of_chosen(parts, padding) for parts in zip(*group.backprops, strict=True))
     dealt = call.with_activations(activations)
     dealt.batch_axis, dealt.rows_of_a_sample = 0, most
     if isinstance(call.fingerprint, Tensor):
-        dealt.fingerprint = dealt_out([call.fingerprint.mT], absent).mT
+        dealt.fingerprint = of_chosen([call.fingerprint.mT], absent).mT
     elif isinstance(call.fingerprint, Op) and call.fingerprint.norms is not None:
-        dealt.fingerprint = call.fingerprint._replace(norms=dealt_out([call.fingerprint.norms.mT], absent).mT)
+        dealt.fingerprint = call.fingerprint._replace(norms=of_chosen([call.fingerprint.norms.mT], absent).mT)
     return Use(dealt, backprops)
