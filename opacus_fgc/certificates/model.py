@@ -97,8 +97,8 @@ class CertifiedModel(TriedModel):
         """
         if record.packed is None:
             return {}
-        samples = record.packed.cpu()
-        return {call: Owned(samples, True) for call in reached.calls if call.layer in self.certification.by_position}
+        owned = Owned(record.packed.cpu(), True)
+        return {call: owned for call in reached.calls if call.layer in self.certification.by_position}
 
     @contextmanager
     def _witnessed(self, certifying: bool = False) -> Iterator[Backprops]:
@@ -165,7 +165,8 @@ class CertifiedModel(TriedModel):
 
     def _order_error(self, owned: Mapping[Any, Owned], size: int) -> Exception | None:
         """What is wrong with a layer that is called on the batch as it is, and whose rows belong to the losses of others."""
-        for call, (samples, by_position) in owned.items():
+        for call, found in owned.items():
+            samples, by_position = found.samples, found.by_position
             packed = None if self.record.packed is None or not by_position else self.record.packed.cpu()
             if packed is not None and (len(packed) != len(samples) or (samples >= 0)[samples != packed].any()):
                 return packed_error(self._tapped(call.layer).name)

@@ -7,6 +7,7 @@ power, to the bit, and a row of several by none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,16 +22,19 @@ Pass = Callable[[Tensor], Backprops]
 """A backward pass to the taps under loss weights, shape ``(N,)``."""
 
 
-class Owned(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Owned:
     """Whose the rows of a call are.
 
     Attributes:
         samples: the sample of each row, shape ``(rows,)``, on the CPU; -1 for rows without a gradient.
         by_position: whether each position of the first two axes is a row, or each place along the batch axis.
+        places: where they go when they are dealt out, kept for other calls with the same owners; see `step.rows_by_sample`.
     """
 
     samples: Tensor
     by_position: bool
+    places: dict[Any, Any] = field(default_factory=dict)
 
     def is_in_order(self, size: int) -> bool:
         """Whether the rows follow each other as the samples do: any number for each, or all samples over and over.
@@ -183,20 +187,18 @@ def _is_in_order(size: int, evidence: _Evidence, key: Output) -> bool:
 def _with_last_positions(found: dict[Any, Owned]) -> dict[Any, Owned]:
     """The same, in which positions without a gradient in some layers, as the last ones have, are whose they are in others."""
     positions: dict[int, list[Tensor]] = {}
-    for samples, by_position in found.values():
-        if by_position:
-            positions.setdefault(len(samples), []).append(samples)
-    every = {rows: torch.stack(several).amax(0) for rows, several in positions.items()}
+    for one in found.values():
+        if one.by_position:
+            positions.setdefault(len(one.samples), []).append(one.samples)
+    every = {rows: Owned(torch.stack(several).amax(0), True) for rows, several in positions.items()}
     return {
-        call: Owned(every[len(one.samples)], True)
-        if one.by_position and _agree(one.samples, every[len(one.samples)])
-        else one
+        call: every[len(one.samples)] if one.by_position and _agree(one, every[len(one.samples)]) else one
         for call, one in found.items()
     }
 
 
-def _agree(samples: Tensor, every: Tensor) -> bool:
-    return not ((samples >= 0) & (samples != every)).any()
+def _agree(one: Owned, every: Owned) -> bool:
+    return not ((one.samples >= 0) & (one.samples != every.samples)).any()
 
 
 def _disagree(samples: Tensor, of_others: Owned | None) -> Tensor:

@@ -21,7 +21,7 @@ from opacus_fgc.taps.operation_samplers import Op
 from opacus_fgc.taps.tap import Call, Use
 
 # Samples are in one group if the most rows of one are not so many times those of another, but for the last group.
-_FEW_TIMES, _GROUPS = 1.3, 5
+_FEW_TIMES, _GROUPS = 1.5, 4
 
 
 class _Group:
@@ -32,6 +32,7 @@ class _Group:
         self.activations: list[list[Tensor]] = []
         self.backprops: list[tuple[Tensor, ...]] = []
         self.samples: list[Tensor] = []
+        self.owned: list[Owned | None] = []
 
     @property
     def is_of_operation(self) -> bool:
@@ -109,6 +110,7 @@ def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> lis
         group.activations.append(activations)
         group.backprops.append(backprops)
         group.samples.append(samples)
+        group.owned.append(found)
     counts = {key: _counts(torch.cat(group.samples), size) for key, group in groups.items()}
     return [
         _dealt(groups, {key: int(count[samples].amax().clamp(min=1)) for key, count in counts.items()}, samples, size)
@@ -146,33 +148,57 @@ def _counts(samples: Tensor, size: int) -> Tensor:
     return torch.bincount(samples[samples >= 0], minlength=size)
 
 
+class _Places(NamedTuple):
+    """Where rows go.
+
+    Attributes:
+        rows: which row is in each place, shape ``(samples * rows,)``.
+        padding: which places are padding.
+        absent: which places are those of samples without a row; None if each has one.
+    """
+
+    rows: Tensor
+    padding: Tensor
+    absent: Tensor | None
+
+
+def _places(samples: Tensor, chosen: Tensor, size: int, most: int) -> _Places | None:
+    """Where the rows of some samples go, with ``most`` for each; None if they have none."""
+    # The last number is that of rows which are nobody's.
+    numbers = torch.full((size + 1,), -1, device="cpu").index_copy(0, chosen, torch.arange(len(chosen), device="cpu"))
+    samples = numbers[samples]
+    order = samples.argsort(stable=True)[int((samples < 0).sum()) :]
+    if not len(order):
+        return None
+    counts, own = _counts(samples, len(chosen)), samples[order]
+    starts = counts.cumsum(0) - counts
+    places = own * most + torch.arange(len(order), device="cpu") - starts[own]
+    index = order[starts.clamp(max=len(order) - 1)].repeat_interleave(most).index_copy(0, places, order)
+    padding = torch.ones(len(index), dtype=torch.bool, device="cpu").index_fill(0, places, False)
+    return _Places(index, padding, (counts == 0).repeat_interleave(most) if (counts == 0).any() else None)
+
+
 def _padded(group: _Group, chosen: Tensor, size: int, most: int) -> Use:
     """One use by some of the samples, with ``most`` rows for each."""
     call, samples = group.calls[0], torch.cat(group.samples)
-    # The last place is that of rows which are nobody's.
-    numbers = torch.full((size + 1,), -1, device="cpu").index_copy(0, chosen, torch.arange(len(chosen), device="cpu"))
-    samples, size = numbers[samples], len(chosen)
-    order = samples.argsort(stable=True)
-    order = order[int((samples < 0).sum()) :]
-    starts = _counts(samples, size).cumsum(0) - _counts(samples, size)
-    own = samples[order]
-    places = own * most + torch.arange(len(order), device="cpu") - starts[own]
-    counts = _counts(samples, size)
-    firsts = order[starts.clamp(max=max(0, len(order) - 1))] if len(order) else starts
-    index = firsts.repeat_interleave(most).index_copy(0, places, order)
-    padding = torch.ones(size * most, dtype=torch.bool, device="cpu").index_fill(0, places, False)
-    absent = (counts == 0).repeat_interleave(most)
+    key = tuple(chosen.tolist()), most
+    # Layers of packed samples have one and the same owners.
+    known = group.owned[0].places if len(group.owned) == 1 and group.owned[0] is not None else {}
+    if key not in known:
+        known[key] = _places(samples, chosen, size, most)
+    places: _Places | None = known[key]
 
-    def of_chosen(parts: Sequence[Tensor], zeros: Tensor) -> Tensor:
+    def of_chosen(parts: Sequence[Tensor], zeros: Tensor | None) -> Tensor:
         whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if len(whole) != len(samples):
             return whole
-        if not len(order):
-            return whole.new_zeros(size * most, *whole.shape[1:])
-        rows = whole.index_select(0, index.to(whole.device))
+        if places is None:
+            return whole.new_zeros(len(chosen) * most, *whole.shape[1:])
+        rows = whole.index_select(0, places.rows.to(whole.device))
         # A row of another sample would be one whose inf or NaN comes to this one.
-        return rows.masked_fill_(zeros.to(rows.device).view(-1, *[1] * (rows.dim() - 1)), 0)
+        return rows if zeros is None else rows.masked_fill_(zeros.to(rows.device).view(-1, *[1] * (rows.dim() - 1)), 0)
 
+    absent, padding = (None, None) if places is None else (places.absent, places.padding)
     activations = [of_chosen(parts, absent) for parts in zip(*group.activations, strict=True)]
     backprops = tuple(of_chosen(parts, padding) for parts in zip(*group.backprops, strict=True))
     dealt = call.with_activations(activations)
