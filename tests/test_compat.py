@@ -308,6 +308,62 @@ def test_is_functorch_tensor() -> None:
     assert functorch.is_functorch_tensor(seen[0])  # kept, as a criterion may keep it
 
 
+def test_runs_in_one_vmap() -> None:
+    seen = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(functorch.runs_in_one_vmap())
+        return x.sum()
+
+    x = torch.ones(3, 3)
+    for run in (note, vmap(note), vmap(vmap(note)), vmap(grad(note))):
+        run(x)
+    assert seen == [False, True, False, False]
+
+
+def test_physical() -> None:
+    x, shared = torch.randn(4, 3), torch.randn(3)
+
+    def note(row: Tensor) -> Tensor:
+        assert functorch.physical(shared) is None
+        found = functorch.physical(row)
+        assert found is not None
+        tensor, axis, level = found
+        assert tensor.shape == x.T.shape and axis == 1 and level == 1
+        return row
+
+    vmap(note, in_dims=1)(x.T)
+    assert functorch.physical(x) is None
+
+
+def test_outside_of_transforms() -> None:
+    def note(row: Tensor) -> Tensor:
+        assert functorch.innermost_transform() is not None
+        with functorch.outside_of_transforms():
+            assert functorch.innermost_transform() is None
+        assert functorch.innermost_transform() is not None
+        return row
+
+    vmap(note)(torch.ones(2))
+
+
+def test_batched() -> None:
+    """With the two above, an operation on all rows at once, with its gradient."""
+    x = torch.randn(4, 3, requires_grad=True)
+
+    def doubled(row: Tensor) -> Tensor:
+        tensor, axis, level = functorch.physical(row)
+        with functorch.outside_of_transforms():
+            assert functorch.innermost_transform() is None
+            result = Double.apply(tensor.movedim(axis, 0))
+        return functorch.batched(result, level).sin()
+
+    output = vmap(doubled)(x)
+    torch.testing.assert_close(output, (2 * x).sin())
+    output.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * (2 * x).detach().cos())
+
+
 # compiler
 
 

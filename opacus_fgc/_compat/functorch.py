@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
@@ -18,32 +16,22 @@ outside_of_transforms = temporarily_pop_interpreter_stack
 """A context in which no transform runs, for tensors that `physical` gave. Private: ``temporarily_pop_interpreter_stack``."""
 
 
-class Physical(NamedTuple):
-    """What stands behind a tensor in `torch.func.vmap`.
-
-    Attributes:
-        tensor: the tensor with all rows.
-        axis: the axis that counts them; None if the transform's rows share the tensor.
-        level: which transform it is of.
-    """
-
-    tensor: Tensor
-    axis: int | None
-    level: int
-
-
 def runs_in_one_vmap() -> bool:
     """Whether a `torch.func.vmap` runs, and no other transform. Private: ``get_interpreter_stack``."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return len(stack) == 1 and stack[0].key() == torch._C._functorch.TransformType.Vmap
 
 
-def physical(tensor: Tensor) -> Physical:
-    """What stands behind a tensor in a vmap. Private: ``get_unwrapped``, ``maybe_get_bdim``, ``maybe_get_level``."""
-    if not torch._C._functorch.is_batchedtensor(tensor):
-        return Physical(tensor, None, 1)
+def physical(tensor: Tensor) -> tuple[Tensor, int, int] | None:
+    """What stands behind a tensor in a vmap. Private: ``get_unwrapped``, ``maybe_get_bdim``, ``maybe_get_level``.
+
+    Returns:
+        The tensor with all rows, the axis that counts them, and the level of the vmap; None if all rows share the tensor.
+    """
     inner = torch._C._functorch
-    return Physical(inner.get_unwrapped(tensor), inner.maybe_get_bdim(tensor), inner.maybe_get_level(tensor))
+    if not inner.is_batchedtensor(tensor):
+        return None
+    return inner.get_unwrapped(tensor), inner.maybe_get_bdim(tensor), inner.maybe_get_level(tensor)
 
 
 def batched(tensor: Tensor, level: int) -> Tensor:

@@ -186,12 +186,12 @@ class Tapping(Assignment):
             # Without a tap the loss depends on parameters past their layer, and is refused.
             return output
         returned, given = physical(output), physical(tensors[0])
-        if returned.axis is None or given.axis is None:
+        if returned is None or given is None:
             return output
         with outside_of_transforms():
-            rows, features = returned.tensor.movedim(returned.axis, 0), given.tensor.movedim(given.axis, 0)
+            rows, features = (tensor.movedim(axis, 0) for tensor, axis, _ in (returned, given))
             tapped = self._tap(module, layer, rows, ((features,), {}), 0, layer.sampler.fingerprint)
-        return batched(tapped, returned.level)
+        return batched(tapped, returned[2])
 
     def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
         if not layer.sampler.covers_children:
