@@ -148,6 +148,7 @@ class CertifiedModel(TriedModel):
             plain,
             self.certification.by_position,
             self.record.batch_size_seen == 1,
+            next(iter((~loss_per_sample.detach().isfinite()).nonzero().flatten().tolist()), None),
             lambda key: self._tapped(key.layer).name,
             self.layout.on_all_ranks,
         )

@@ -60,12 +60,14 @@ class _Evidence(NamedTuple):
         plain: what the taps were shown under ones.
         weighted: what they were shown under each draw.
         noises: by how much such passes differ, under ones and under each draw; None if they are compared to the bit.
+        lost: a sample whose loss is inf or NaN, to which rows of such gradients are taken to belong; None if there is none.
     """
 
     draws: list[Tensor]
     plain: Backprops
     weighted: list[Backprops]
     noises: tuple[Noise, list[Noise]] | None = None
+    lost: int | None = None
 
     def differs(self, key: Output, expected: Tensor) -> Tensor:
         """In which rows of an output something else came than a sample's gradient times its weight; shape ``(rows,)``.
@@ -95,6 +97,7 @@ def find_owners(
     plain: Backprops | None,
     by_position: set[Any],
     packed: bool,
+    lost: int | None,
     describe: Callable[[Any], str],
     on_all_ranks: Callable[[bool], bool],
 ) -> dict[Any, Owned]:
@@ -108,6 +111,7 @@ def find_owners(
         plain: what came of one under ones, if there was one.
         by_position: the layers of which each position is a row; those that are found to be such are added.
         packed: whether a row may hold several samples, one after another.
+        lost: a sample whose loss is inf or NaN, whose gradients tell nothing; None if there is none.
         describe: what to call a call's layer in errors.
         on_all_ranks: whether something holds on all ranks that have to run as many passes as each other.
 
@@ -123,7 +127,7 @@ def find_owners(
     def evidence(count: int, plain: Backprops | None) -> _Evidence:
         plain = run(ones) if plain is None else plain
         draws = draw(count, FEW_EXPONENTS if plain.half else EXPONENTS)
-        return _Evidence(draws, plain, [run(weights) for weights in draws])
+        return _Evidence(draws, plain, [run(weights) for weights in draws], lost=lost)
 
     first = evidence(count, plain)
     owned, left = _found(size, first, by_position)
@@ -221,6 +225,9 @@ def _owners_by_ratio(evidence: _Evidence, key: Output) -> Tensor:
     several_have_it = torch.isin(code, known[order][1:][known[order].diff() == 0])
     wrong = (known[samples] != code) | several_have_it | evidence.differs(key, samples)
     samples = torch.where(wrong, torch.full_like(samples, -2), samples)
+    if evidence.lost is not None:
+        finite = torch.stack([one[:, 2].isfinite() for one in (of_ones, *several)]).all(0)
+        samples = torch.where(finite, samples, torch.full_like(samples, evidence.lost))
     nothing = (of_ones[:, 2] == 0) & torch.stack([one[:, 2] == 0 for one in several]).all(0)
     return torch.where(nothing, torch.full_like(samples, -1), samples)
 

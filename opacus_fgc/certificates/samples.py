@@ -238,6 +238,9 @@ class Replacement:
 
     def _of_list(self, path: str, values: Any) -> Any:
         """Lists with an entry a sample: of numbers, texts, or tensors of which none counts samples itself."""
+        if path in ("", "[0]"):
+            # The arguments themselves.
+            return UNCHANGED
         if len(values) != self.size or hasattr(values, "_fields") or path in self.shared:
             return UNCHANGED
         if all(isinstance(value, (bool, int, float, str, bytes)) for value in values):

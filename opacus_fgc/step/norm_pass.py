@@ -125,6 +125,10 @@ class NormPass(LayerNorms):
                     record.owned = owned
                     self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
             norms = self.get_norm_sample()
+            if record.owned and len(norms) == len(loss_per_sample):
+                # Rows of several samples whose losses are inf or NaN are taken to be one's.
+                lost = ~loss_per_sample.detach().isfinite().to(norms.device)
+                norms = self.per_sample_gradient_norms = norms.masked_fill(lost, torch.nan)
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
                 f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
