@@ -23,6 +23,7 @@ from opacus_fgc.step.nonfinite import NonFinitePolicy
 from opacus_fgc.step.profile import UNWATCHED, StepProfile, Unwatched
 from opacus_fgc.step.record import Record
 from opacus_fgc.step.trained import TrainedParameters
+from opacus_fgc.taps.tap import tensors_in
 
 
 def create_norm_sample(*, param: Any, grad_sample: Tensor, max_batch_len: int) -> None:
@@ -197,11 +198,17 @@ class GradSampleModuleFastGradientClipping(GradSampleHooksFastGradientClipping, 
         """Calls the model. With `torch.compile` around it, it runs as it is: compile the model before it is wrapped.
 
         Raises:
-            NotImplementedError: if an empty batch meets what tensor parallel cannot do with it.
+            NotImplementedError: if an empty batch meets what tensor parallel, or a model of packed samples, cannot do with it.
         """
         try:
             return super().forward(*args, **kwargs)
         except (RuntimeError, IndexError) as error:  # the latter of torch before 2.10
+            if self.record.batch_size_seen == 1 and all(tensor.numel() == 0 for tensor in tensors_in((args, kwargs))):
+                raise NotImplementedError(
+                    "this batch has no samples, and the model cannot be called on a row of no tokens. Poisson sampling draws "
+                    "such a batch once in exp(batch_size) steps, batch_size being what is expected: take larger batches, or pad "
+                    "sequences instead of packing them"
+                ) from error
             if self.record.batch_size_seen == 0 and self.layout.shares_samples:
                 raise NotImplementedError(
                     "this batch has no samples, and torch's distributed tensors cannot do without. Poisson sampling draws "

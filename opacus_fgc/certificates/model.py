@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from opacus_fgc.argument_checks import describe
@@ -19,14 +18,14 @@ from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.independence import check_independence, replacements
 from opacus_fgc.certificates.model_state import ModelState, restored
 from opacus_fgc.certificates.observations import Forward, Observations
+from opacus_fgc.certificates.order import entrances_of, keeps_samples, order_error_of, structure_of
 from opacus_fgc.certificates.owned_inputs import owned_inputs
 from opacus_fgc.certificates.ownership import Owned, find_owners
-from opacus_fgc.certificates.ownership_errors import order_error, packed_error
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.certificates.sketch import forget_weights, raise_on_all_ranks
 from opacus_fgc.step.record import Record
-from opacus_fgc.taps.graph import Reached, before_call
+from opacus_fgc.taps.graph import Reached
 from opacus_fgc.taps.routes import arrangement
 from opacus_fgc.taps.trial import TriedModel
 
@@ -77,7 +76,8 @@ class CertifiedModel(TriedModel):
             reached: what their losses depend on.
             record: the state of the step.
         """
-        structure, moved = self._structure(size, reached, record), self._moved(reached, record)
+        structure = structure_of(size, reached, record.changed_buffers, self.certification.dealt_out)
+        moved = arrangement(reached.moving, self.batch_first, {order.data_ptr() for order in record.orders})
         schedule, dealt_out = self.certification.schedule, self.certification.dealt_out
         whole, is_new = schedule.is_due(size, structure), schedule.is_new(structure)
         expected = self.expected_owners(reached, record)
@@ -152,30 +152,18 @@ class CertifiedModel(TriedModel):
             lambda key: self._tapped(key.layer).name,
             self.layout.on_all_ranks,
         )
-        raise_on_all_ranks(self._order_error(owned, size), self.layout.on_all_ranks)
+        error = order_error_of(owned, size, self.record.packed, lambda key: self._tapped(key.layer).name)
+        raise_on_all_ranks(error, self.layout.on_all_ranks)
         self.certification.dealt_out.update(call.layer for call in owned)
         if self.layout.on_all_ranks(not owned):
             self.certification.schedule.found_in_order(due.structure, due.moved)
         # Rows may belong to other losses than those of their own samples, which replaced samples alone show.
-        if due.is_whole or not self.layout.on_all_ranks(_keeps_samples(reached, owned, size)):
+        if due.is_whole or not self.layout.on_all_ranks(keeps_samples(reached, owned, size)):
             self._check_independence(due, reached, owned)
         if due.is_whole:
             self.certification.schedule.made(size, due.structure)
         forget_weights()
         return owned
-
-    def _order_error(self, owned: Mapping[Any, Owned], size: int) -> Exception | None:
-        """What is wrong with a layer that is called on the batch as it is, and whose rows belong to the losses of others."""
-        for call, found in owned.items():
-            samples, by_position = found.samples, found.by_position
-            packed = None if self.record.packed is None or not by_position else self.record.packed.cpu()
-            if packed is not None and (len(packed) != len(samples) or (samples >= 0)[samples != packed].any()):
-                return packed_error(self._tapped(call.layer).name)
-            on_batch = call.entrance is not None and (call.layer, call.number) in call.entrance.rows.values()
-            row = next((row for row, sample in enumerate(samples.tolist()) if sample not in (-1, row)), None)
-            if on_batch and len(samples) == size and row is not None:
-                return order_error(self._tapped(call.layer).name, row, int(samples[row]))
-        return None
 
     def _check_independence(self, due: Due, reached: Reached, owned: Mapping[Any, Owned]) -> None:
         size, choices = due.size, self._choices()
@@ -183,7 +171,7 @@ class CertifiedModel(TriedModel):
         by_position = any(found.by_position for found in owned.values())
         # Where something is new both signs are tried, since a statistic of the batch may be compared with a number.
         signs = (1, -1) if due.is_new else (choices.choice((1, -1)),)
-        for entrance in self._entrances(reached):
+        for entrance in entrances_of(reached):
             own = {(call.layer, call.number): found for call, found in owned.items() if call.entrance is entrance}
             inputs = owned_inputs(entrance, own, size)
             comparison = Comparison(layers.__contains__, self.certification.dealt_out, own)
@@ -208,25 +196,6 @@ class CertifiedModel(TriedModel):
             )
 
         return self.certification.choices
-
-    def _structure(self, size: int, reached: Reached, record: Record) -> Hashable:
-        """What is equal for passes that one certificate is for."""
-        layers = {
-            (call.layer, call.rows == size, call.samples is None)
-            for call in reached.calls
-            if call.layer not in self.certification.dealt_out
-        }
-        modes = {(entrance.module, entrance.modes) for entrance in self._entrances(reached)}
-        return size > 1, frozenset(layers), frozenset(modes), frozenset(record.changed_buffers)
-
-    def _moved(self, reached: Reached, record: Record) -> Hashable:
-        """The indices by which rows move."""
-        known = {order.data_ptr() for order in record.orders}
-        return arrangement(reached.moving, self.batch_first, known)
-
-    @staticmethod
-    def _entrances(reached: Reached) -> list[Entrance]:
-        return list(dict.fromkeys(call.entrance for call in reached.calls if call.entrance is not None))
 
     def _name_of(self, entrance: Entrance) -> str:
         paths = {module: path for path, module in self._module.named_modules()}
@@ -264,17 +233,3 @@ class CertifiedModel(TriedModel):
             finally:
                 self._running.seen = None
             return observations.of(tensors_of(output), self._module)
-
-
-def _keeps_samples(reached: Reached, owned: Mapping[Any, Owned], size: int) -> bool:
-    """Whether rows that are not the samples in order come of rows that are, or follow each other as the samples do."""
-    nodes = {call: node for call, node in zip(reached.calls, reached.nodes, strict=True) if call in owned}
-    several: dict[Any, list[Tensor]] = {}
-    for call in sorted(nodes, key=lambda call: call.number):
-        several.setdefault((call.entrance, call.layer), []).append(owned[call].samples)
-    in_order = {key: Owned(torch.cat(samples), False).is_in_order(size) for key, samples in several.items()}
-    for call, node in nodes.items():
-        before = before_call(node)
-        if not before and not in_order[call.entrance, call.layer]:
-            return False
-    return True

@@ -194,6 +194,10 @@ class Replacement:
             own, new = ((owned.samples == one).nonzero().flatten().tolist() for one in (sample, source))
             places += own
             others += [(new or own)[place % len(new or own)] for place in range(len(own))]
+        if not places:
+            # What has no gradient is of no consequence.
+            self.replaced.add(path)
+            return UNCHANGED
         new = self._with_rows(path, rows, axis, places, others)
         return new if new is UNCHANGED else new.detach().reshape(value.shape).requires_grad_(value.requires_grad)
 
