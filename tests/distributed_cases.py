@@ -72,6 +72,31 @@ class Tokens(nn.Module):
         return block(x)
 
 
+class Routed(nn.Module):
+    """Two experts, each of which gets the tokens that are routed to it; on some ranks perhaps none."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.experts = nn.ModuleList([nn.Linear(width, width) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(0, 1)
+        route = tokens[:, :3].argmax(1)
+        out = torch.zeros_like(tokens)
+        for place, expert in enumerate(self.experts):
+            mine = (route == place).nonzero().flatten()
+            if len(mine):
+                out = out.index_add(0, mine, expert(tokens[mine]))
+        return x + out.view_as(x).tanh()
+
+
+class Mixture(Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Routed(), Routed()])
+
+
 def images() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     return Images(), torch.randn(11, 1, 4, 4), torch.randint(3, (11,))
@@ -80,6 +105,11 @@ def images() -> tuple[nn.Module, Tensor, Tensor]:
 def tokens() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     return Tokens(), torch.randint(7, (11, 5)), torch.randint(7, (11,))
+
+
+def experts() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Mixture(), torch.randint(7, (11, 5)), torch.randint(7, (11,))
 
 
 def frozen() -> tuple[nn.Module, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from tests.distributed_cases import (
     checkpointed,
     compiled_blocks,
     ddp,
+    experts,
     frozen,
     fsdp,
     hsdp,
@@ -81,7 +82,7 @@ def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9, eva
 
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
-@pytest.mark.parametrize("make", [images, tokens, frozen])
+@pytest.mark.parametrize("make", [images, tokens, frozen, experts])
 @pytest.mark.parametrize("wrap", ways(ddp, fsdp, hsdp))
 def test_a_step_is_that_of_one_process(group, make, wrap, mode):
     group(step, make, wrap, mode)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -76,7 +75,7 @@ class Entrance:
         self.modes = tuple(module.training for module in modules)
         self._modules = modules
         self.rows: dict[str, tuple[Any, int]] = {}
-        self._calls: Counter[Any] = Counter()
+        self._calls: dict[Any, int] = {}
         tensors = tensors_by_path(self.inputs)
         self._addresses = {_address(tensor): path for path, tensor in tensors.items()}
         self._devices = sorted({t.device for t in tensors.values() if t.device.type == "cuda"}, key=str)
@@ -86,22 +85,25 @@ class Entrance:
             for device in {"cpu", *(device.type for device in self._devices)}
         ]
 
-    def enter(self, layer: Any, tensors: Sequence[Tensor]) -> int:
-        """Told of the call of a layer in it.
+    def enter(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Told of the call of a layer in it. Called for every call of every layer, so it is kept light.
 
         Args:
             layer: the layer, or what stands for a tapped operation.
-            tensors: what it is called on.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
 
         Returns:
             Which of the layer's calls it is, from 0 on.
         """
-        number = self._calls[layer]
-        self._calls[layer] += 1
-        for tensor in tensors:
-            path = self._addresses.get(_address(tensor)) if tensor.is_leaf else None
-            if path is not None:
-                self.rows.setdefault(path, (layer, number))
+        number = self._calls.get(layer, 0)
+        self._calls[layer] = number + 1
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            # What a layer computed is no input.
+            if isinstance(value, Tensor) and value.grad_fn is None:
+                path = self._addresses.get(_address(value))
+                if path is not None:
+                    self.rows.setdefault(path, (layer, number))
         return number
 
     @contextmanager

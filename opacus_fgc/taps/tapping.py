@@ -236,7 +236,7 @@ class Tapping(Assignment):
             if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
                 entrance = Entrance(key, *inputs, self._taps.every_module)
             if entrance is not None:
-                number = entrance.enter(key, tensors_in(inputs))
+                number = entrance.enter(key, *inputs)
         seen = list(map(self._facts.unsharded.of, params))
         try:
             return tap(
