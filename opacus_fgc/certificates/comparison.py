@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,22 @@ class Comparison:
         seen = self._in_order(forward)
         samples = [None if one.samples is None else tuple(one.samples.tolist()) for one in seen]
         return [(one.key, one.shape, order) for one, order in zip(seen, samples, strict=True)]
+
+    def with_routed(self, first: Forward, other: Forward) -> Comparison:
+        """The same with those layers among `dealt_out` that two forwards call on other numbers of rows."""
+        shapes: tuple[dict[Any, list[torch.Size]], ...] = ({}, {})
+        for forward, of_keys in zip((first, other), shapes, strict=True):
+            for one in forward.seen:
+                # Of packed samples it is known which ones are there.
+                if one.key is not None and one.samples is None:
+                    of_keys.setdefault(one.key, []).append(one.shape)
+        routed = {
+            key
+            for key in shapes[0].keys() & shapes[1].keys()
+            if shapes[0][key] != shapes[1][key]
+            and {shape[1:] for shape in shapes[0][key]} == {shape[1:] for shape in shapes[1][key]}
+        }
+        return replace(self, dealt_out={*self.dealt_out, *routed}) if routed else self
 
     def changed(
         self, first: Forward, other: Forward, replacement: Replacement, noise: list[list[Tensor]] | None = None

@@ -93,6 +93,8 @@ def check_independence(
     assert first is not None
     for replacement in tries:
         other, failed = _tried(run, replacement)
+        if other is not None:
+            comparison = comparison.with_routed(first, other)
         why = failed if other is None else _incomparable(first, other, replacement, comparison)
         if on_all_ranks(not why):
             assert other is not None
