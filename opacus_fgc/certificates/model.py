@@ -77,7 +77,7 @@ class CertifiedModel(TriedModel):
             reached: what their losses depend on.
             record: the state of the step.
         """
-        structure, moved = self._structure(size, reached, record), self._moved(reached, record)
+        structure, moved = self._structure(size, reached, record), _moved(reached, record, self.batch_first)
         schedule, dealt_out = self.certification.schedule, self.certification.dealt_out
         whole, is_new = schedule.is_due(size, structure), schedule.is_new(structure)
         expected = self.expected_owners(reached, record)
@@ -185,9 +185,9 @@ class CertifiedModel(TriedModel):
         size, choices = due.size, self._choices()
         layers = {call.layer for call in reached.calls}
         by_position = any(found.by_position for found in owned.values())
-        # Where something is new both signs are tried, since a statistic of the batch may be compared with a number.
-        signs = (1, -1) if due.is_new else (choices.choice((1, -1)),)
-        for entrance in self._entrances(reached):
+        # A statistic of the batch may be compared with a number: both signs; samples may touch those behind them: both halves.
+        signs = (1, -1, 0) if due.is_new else (choices.choice((1, -1)),)
+        for entrance in _entrances(reached):
             own = {(call.layer, call.number): found for call, found in owned.items() if call.entrance is entrance}
             inputs = owned_inputs(entrance, own, size)
             rows = {(call.layer, call.number): found for call, found in idle.items() if call.entrance is entrance} | own
@@ -221,17 +221,8 @@ class CertifiedModel(TriedModel):
             for call in reached.calls
             if call.layer not in self.certification.dealt_out
         }
-        modes = {(entrance.module, entrance.modes) for entrance in self._entrances(reached)}
+        modes = {(entrance.module, entrance.modes) for entrance in _entrances(reached)}
         return size > 1, frozenset(layers), frozenset(modes), frozenset(record.changed_buffers)
-
-    def _moved(self, reached: Reached, record: Record) -> Hashable:
-        """The indices by which rows move."""
-        known = {order.data_ptr() for order in record.orders}
-        return arrangement(reached.moving, self.batch_first, known)
-
-    @staticmethod
-    def _entrances(reached: Reached) -> list[Entrance]:
-        return list(dict.fromkeys(call.entrance for call in reached.calls if call.entrance is not None))
 
     def _name_of(self, entrance: Entrance) -> str:
         paths = {module: path for path, module in self._module.named_modules()}
@@ -269,6 +260,15 @@ class CertifiedModel(TriedModel):
             finally:
                 self._running.seen = None
             return observations.of(tensors_of(output), self._module)
+
+
+def _entrances(reached: Reached) -> list[Entrance]:
+    return list(dict.fromkeys(call.entrance for call in reached.calls if call.entrance is not None))
+
+
+def _moved(reached: Reached, record: Record, batch_first: bool) -> Hashable:
+    """The indices by which rows move."""
+    return arrangement(reached.moving, batch_first, {order.data_ptr() for order in record.orders})
 
 
 def _keeps_samples(reached: Reached, owned: Mapping[Any, Owned], size: int) -> bool:
