@@ -268,6 +268,22 @@ class Mode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_grouped_mm() -> None:
+    names = []
+
+    class Noting(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    rows, weight = torch.ones(4, 8, dtype=torch.float32), torch.ones(2, 8, 4, dtype=torch.float32)
+    ends = torch.tensor([1, 4], dtype=torch.int32)
+    with Noting():
+        torch.nn.functional.grouped_mm(rows, weight, offs=ends)
+    assert overrides.GROUPED_MM.intersection(names)
+
+
 def test_current_function_mode() -> None:
     outermost = overrides.current_function_mode()  # of a default device
     with Mode() as outer:

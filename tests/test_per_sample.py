@@ -16,7 +16,7 @@ from opacus_fgc import (
     planner,
     register_norm_sampler,
 )
-from opacus_fgc.per_sample import Convolution, Dense, NormOnly, Outer, PerSampleGradient, Rows, Sum
+from opacus_fgc.per_sample import Convolution, Dense, NormOnly, Outer, Parts, PerSampleGradient, Routed, Rows, Sum
 
 N, ROWS, COLUMNS = 4, 6, 5
 SHAPE = torch.Size((ROWS, COLUMNS))
@@ -63,6 +63,29 @@ FORMS = {
     "sum": lambda: Sum([outer(3), rows(4), Dense(torch.randn(N, *SHAPE))]),
 }
 PAIRS = [pair for pair in itertools.product(FORMS, FORMS) if "outer-grouped" not in pair and "sum" not in pair]
+
+EXPERTS, SHAPE_OF_EXPERTS = 3, torch.Size((3, *SHAPE))
+
+
+def routed(positions: int) -> Routed:
+    index = torch.randint(EXPERTS, (N, positions))
+    return Routed(index, torch.randn(N, positions, ROWS), torch.randn(N, positions, COLUMNS), SHAPE_OF_EXPERTS)
+
+
+OF_EXPERTS = {
+    "parts": lambda: Parts({0: outer(3), 2: Dense(torch.randn(N, *SHAPE))}, SHAPE_OF_EXPERTS),
+    "parts-1": lambda: Parts({1: outer(1)}, SHAPE_OF_EXPERTS),
+    "routed": lambda: routed(9),
+    "routed-1": lambda: routed(1),
+    "routed-0": lambda: routed(0),
+    "rows-of-matrices": lambda: Rows(torch.randint(EXPERTS, (N, 4)), torch.randn(N, 4, *SHAPE), SHAPE_OF_EXPERTS),
+    "dense-experts": lambda: Dense(torch.randn(N, *SHAPE_OF_EXPERTS)),
+    "outer-by-matrix": lambda: Outer(
+        torch.randn(N, EXPERTS, 2, ROWS), torch.randn(N, EXPERTS, 2, COLUMNS), SHAPE_OF_EXPERTS
+    ),
+}
+PAIRS += itertools.product(OF_EXPERTS, OF_EXPERTS)
+FORMS |= OF_EXPERTS
 
 
 @pytest.fixture(params=FORMS)

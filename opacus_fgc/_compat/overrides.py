@@ -13,3 +13,9 @@ current_function_mode = overrides._get_current_function_mode
 
 Private: ``torch.overrides._get_current_function_mode``, torch 2.6 to 2.15.
 """
+
+GROUPED_MM = frozenset(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"))
+"""The names by which a function mode sees ``torch.nn.functional.grouped_mm``, and what transformers has in its place.
+
+Private: ``torch._grouped_mm``, torch 2.8 to 2.15.
+"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,22 @@ class Comparison:
         seen = self._in_order(forward)
         samples = [None if one.samples is None else tuple(one.samples.tolist()) for one in seen]
         return [(one.key, one.shape, order) for one, order in zip(seen, samples, strict=True)]
+
+    def with_routed(self, first: Forward, other: Forward) -> Comparison:
+        """The same with those layers among `dealt_out` that two forwards call on other numbers of rows, or one not at all."""
+        shapes: tuple[dict[Any, list[torch.Size]], ...] = ({}, {})
+        for forward, of_keys in zip((first, other), shapes, strict=True):
+            for one in forward.seen:
+                # Of packed samples it is known which ones are there.
+                if one.key is not None and one.samples is None:
+                    of_keys.setdefault(one.key, []).append(one.shape)
+        first_shapes, other_shapes = shapes
+        routed = {
+            key
+            for key in first_shapes.keys() | other_shapes.keys()
+            if first_shapes.get(key) != other_shapes.get(key) and _differ_by_rows(first_shapes, other_shapes, key)
+        }
+        return replace(self, dealt_out={*self.dealt_out, *routed}) if routed else self
 
     def changed(
         self, first: Forward, other: Forward, replacement: Replacement, noise: list[list[Tensor]] | None = None
@@ -119,6 +135,12 @@ class Comparison:
                 if not _are_among(kept, among, _rounding(one, kept)):
                     result.append(one)
         return result
+
+
+def _differ_by_rows(first: dict[Any, list[torch.Size]], other: dict[Any, list[torch.Size]], key: Any) -> bool:
+    if key not in first or key not in other:
+        return True
+    return {shape[1:] for shape in first[key]} == {shape[1:] for shape in other[key]}
 
 
 def _rounding(one: Seen, rows: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ def replacements(
     Where features are enlarged they are the same samples, by the same ones, for each sign: a statistic of the batch that is large
     for one is small for the other, and one of them is on the other side of whatever number it may be compared with. Where they
     are not, the other half is replaced for the other sign, so that the largest of the batch is not the same for one of them.
+    A sign of 0 is for the other half, as it is.
 
     Args:
         size: number of samples.
@@ -44,16 +45,16 @@ def replacements(
     in_half, in_other = (generator.choice(places or [0]) for places in (half, other))
 
     def of_sign(sign: int) -> list[Replacement]:
-        first = enlarge or sign > 0
+        first = sign > 0 or (enlarge and sign < 0)
         chosen, source = (half, in_other) if first else (other, in_half)
-        larger = ((sign * 1024.0, True), (sign * 1024.0, False)) if enlarge else ()
+        larger = ((sign * 1024.0, True), (sign * 1024.0, False)) if enlarge and sign else ()
         return [
             Replacement(size, chosen, [source] * len(chosen), axis, factor, every, vectors, shared, owned)
             for factor, every in (*larger, (1.0, False))
             for vectors in (True, False)
         ]
 
-    return [of_sign(sign) for sign in signs]
+    return [of_sign(sign) for sign in signs if sign or enlarge]
 
 
 def check_independence(
@@ -93,6 +94,8 @@ def check_independence(
     assert first is not None
     for replacement in tries:
         other, failed = _tried(run, replacement)
+        if other is not None:
+            comparison = comparison.with_routed(first, other)
         why = failed if other is None else _incomparable(first, other, replacement, comparison)
         if on_all_ranks(not why):
             assert other is not None

@@ -133,6 +133,7 @@ class CertifiedModel(TriedModel):
             NotImplementedError: if they do not, or it cannot be told.
         """
         size, choices = due.size, self._choices()
+        idle: dict[Any, Owned] = {}
 
         def backward(weights: Tensor) -> Backprops:
             with self._witnessed(certifying=True) as backprops:
@@ -147,6 +148,7 @@ class CertifiedModel(TriedModel):
             backward,
             plain,
             self.certification.by_position,
+            idle,
             self.record.batch_size_seen == 1,
             next(iter((~loss_per_sample.detach().isfinite()).nonzero().flatten().tolist()), None),
             lambda key: self._tapped(key.layer).name,
@@ -159,22 +161,25 @@ class CertifiedModel(TriedModel):
             self.certification.schedule.found_in_order(due.structure, due.moved)
         # Rows may belong to other losses than those of their own samples, which replaced samples alone show.
         if due.is_whole or not self.layout.on_all_ranks(keeps_samples(reached, owned, size)):
-            self._check_independence(due, reached, owned)
+            self._check_independence(due, reached, owned, idle)
         if due.is_whole:
             self.certification.schedule.made(size, due.structure)
         forget_weights()
         return owned
 
-    def _check_independence(self, due: Due, reached: Reached, owned: Mapping[Any, Owned]) -> None:
+    def _check_independence(
+        self, due: Due, reached: Reached, owned: Mapping[Any, Owned], idle: Mapping[Any, Owned]
+    ) -> None:
         size, choices = due.size, self._choices()
         layers = {call.layer for call in reached.calls}
         by_position = any(found.by_position for found in owned.values())
-        # Where something is new both signs are tried, since a statistic of the batch may be compared with a number.
-        signs = (1, -1) if due.is_new else (choices.choice((1, -1)),)
+        # A statistic of the batch may be compared with a number: both signs; samples may touch those behind them: both halves.
+        signs = (1, -1, 0) if due.is_new else (choices.choice((1, -1)),)
         for entrance in entrances_of(reached):
             own = {(call.layer, call.number): found for call, found in owned.items() if call.entrance is entrance}
             inputs = owned_inputs(entrance, own, size)
-            comparison = Comparison(layers.__contains__, self.certification.dealt_out, own)
+            rows = {(call.layer, call.number): found for call, found in idle.items() if call.entrance is entrance} | own
+            comparison = Comparison(layers.__contains__, self.certification.dealt_out, rows)
             # What was noted before it was known that positions are rows is of no use.
             known = entrance.forward is not None and entrance.forward.size == size and not by_position
             for tries in self._replacements(entrance, size, signs, inputs):

@@ -88,6 +88,11 @@ class _Evidence(NamedTuple):
             bad |= wrong.cpu()
         return bad
 
+    def without_gradient(self, key: Output) -> Tensor:
+        """In which rows of an output nothing came; shape ``(rows,)``."""
+        several = [one.sketches.get(key) for one in (self.plain, *self.weighted)]
+        return torch.stack([one[:, 2].cpu() == 0 for one in several if one is not None]).all(0)
+
 
 def find_owners(
     size: int,
@@ -96,6 +101,7 @@ def find_owners(
     run: Pass,
     plain: Backprops | None,
     by_position: set[Any],
+    idle: dict[Any, Owned],
     packed: bool,
     lost: int | None,
     describe: Callable[[Any], str],
@@ -110,6 +116,7 @@ def find_owners(
         run: runs a backward pass.
         plain: what came of one under ones, if there was one.
         by_position: the layers of which each position is a row; those that are found to be such are added.
+        idle: the owners of the rows of those calls are put here whose rows are in order, and some have no gradient.
         packed: whether a row may hold several samples, one after another.
         lost: a sample whose loss is inf or NaN, whose gradients tell nothing; None if there is none.
         describe: what to call a call's layer in errors.
@@ -130,14 +137,14 @@ def find_owners(
         return _Evidence(draws, plain, [run(weights) for weights in draws], lost=lost)
 
     first = evidence(count, plain)
-    owned, left = _found(size, first, by_position)
+    owned, left = _found(size, first, by_position, idle)
     if on_all_ranks(not left):
         return owned
     # Perhaps positions are rows, or the weights did not tell all samples apart.
     several_axes = {key.call.layer for key, _ in left if packed and first.plain.dims[key] > 2} - by_position
     by_position |= several_axes
     second = evidence(draws_that_tell(size), None)
-    owned, still_left = _found(size, second, by_position)
+    owned, still_left = _found(size, second, by_position, idle)
     if on_all_ranks(not still_left):
         return owned
     by_position -= several_axes
@@ -147,7 +154,7 @@ def find_owners(
         noise_of(one, [run(weights) for _ in range(REPEATS)])
         for one, weights in zip(first.weighted, first.draws, strict=True)
     ]
-    owned, left = _found(size, first._replace(noises=(noise, noises)), by_position)
+    owned, left = _found(size, first._replace(noises=(noise, noises)), by_position, idle)
     eights = run(8 * ones)
     error = None
     if left:
@@ -157,7 +164,9 @@ def find_owners(
     return owned
 
 
-def _found(size: int, evidence: _Evidence, by_position: set[Any]) -> tuple[dict[Any, Owned], list[tuple[Output, int]]]:
+def _found(
+    size: int, evidence: _Evidence, by_position: set[Any], idle: dict[Any, Owned]
+) -> tuple[dict[Any, Owned], list[tuple[Output, int]]]:
     """The owners of the rows of calls whose rows are not the samples in order; and outputs of which a row has not one owner."""
     found: dict[Any, Owned] = {}
     left: list[tuple[Output, int]] = []
@@ -168,7 +177,12 @@ def _found(size: int, evidence: _Evidence, by_position: set[Any]) -> tuple[dict[
         positions = key.call.layer in by_position and evidence.plain.dims[key] > 2
         if not positions and (key.call.layer not in layers or key.call.samples is not None):
             # Of packed samples the order is known, and has to be that one.
-            left += [(key, 0)] if key in out_of_order else []
+            if key in out_of_order:
+                left.append((key, 0))
+            elif key.call.samples is None and (nothing := evidence.without_gradient(key)).any():
+                expected = owners(len(nothing), size)
+                assert expected is not None
+                idle[key.call] = Owned(torch.where(nothing, torch.full_like(expected, -1), expected), False)
             continue
         samples = _owners_by_ratio(evidence, key)
         of_others = found.get(key.call)
@@ -228,8 +242,7 @@ def _owners_by_ratio(evidence: _Evidence, key: Output) -> Tensor:
     if evidence.lost is not None:
         finite = torch.stack([one[:, 2].isfinite() for one in (of_ones, *several)]).all(0)
         samples = torch.where(finite, samples, torch.full_like(samples, evidence.lost))
-    nothing = (of_ones[:, 2] == 0) & torch.stack([one[:, 2] == 0 for one in several]).all(0)
-    return torch.where(nothing, torch.full_like(samples, -1), samples)
+    return torch.where(evidence.without_gradient(key), torch.full_like(samples, -1), samples)
 
 
 def _code(exponents: Iterable[Tensor]) -> Tensor:

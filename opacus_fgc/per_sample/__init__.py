@@ -12,6 +12,7 @@ from opacus_fgc.per_sample.grouped import Grouped
 from opacus_fgc.per_sample.norm_only import NormOnly, NormsOnlyError
 from opacus_fgc.per_sample.outer import Outer
 from opacus_fgc.per_sample.parts import Parts
+from opacus_fgc.per_sample.routed import Routed
 from opacus_fgc.per_sample.rows import Rows
 from opacus_fgc.per_sample.sum import Sum, add
 from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
@@ -26,6 +27,7 @@ __all__ = [
     "Outer",
     "Parts",
     "PerSampleGradient",
+    "Routed",
     "Rows",
     "Sum",
     "SumOverPositions",

@@ -18,15 +18,15 @@ class Rows(PerSampleGradient):
 
     Args:
         index: rows, shape ``(N, S)``, int.
-        values: what is added to them, shape ``(N, S, d)``.
-        shape: shape of the parameter, ``(rows, d)``.
+        values: what is added to them, shape ``(N, S, *)``.
+        shape: shape of the parameter, ``(rows, *)``.
     """
 
     method = NormMethod.ROWS
 
     def __init__(self, index: Tensor, values: Tensor, shape: torch.Size) -> None:
         self.index = index.long()
-        self.values = values
+        self.values = values.reshape(*index.shape, shape[1:].numel())
         self.shape = shape
         self.batch_size = len(values)
 
@@ -39,7 +39,7 @@ class Rows(PerSampleGradient):
         offsets = torch.arange(self.batch_size, device=self.index.device).unsqueeze(1) * self.shape[0]
         keys, position = torch.unique(self.index + offsets, return_inverse=True)
         values = at_least_float32(self.values)
-        table = values.new_zeros(len(keys), self.shape[1])
+        table = values.new_zeros(len(keys), values.shape[2])
         table.index_add_(0, position.flatten(), values.flatten(0, 1))
         norms = row_norms(table)
         squares = widest(norms).square()
@@ -56,21 +56,23 @@ class Rows(PerSampleGradient):
     def weighted_sum(self, coef: Tensor) -> Tensor:
         values = at_least_float32(self.values)
         values = values * coef.to(values.dtype.to_real())[:, None, None]
-        return values.new_zeros(self.shape).index_add_(0, self.index.flatten(), values.flatten(0, 1))
+        total = values.new_zeros(self.shape[0], values.shape[2])
+        return total.index_add_(0, self.index.flatten(), values.flatten(0, 1)).reshape(self.shape)
 
     def materialize(self) -> Tensor:
         values = at_least_float32(self.values)
-        gradients = values.new_zeros(self.batch_size, *self.shape)
-        return gradients.scatter_add_(1, self.index.unsqueeze(2).expand_as(values), values)
+        gradients = values.new_zeros(self.batch_size, self.shape[0], values.shape[2])
+        gradients.scatter_add_(1, self.index.unsqueeze(2).expand_as(values), values)
+        return gradients.reshape(self.batch_size, *self.shape)
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         values = at_least_float32(self.values)
-        if isinstance(other, Outer):
+        if isinstance(other, Outer) and len(self.shape) == 2:
             # The head's gradient at the embedding's rows: left[:, t, index[s]] * <right_t, values_s>.
             left, right = at_least_float32(other.left.squeeze(1)), at_least_float32(other.right.squeeze(1))
             index = self.index.unsqueeze(1).expand(-1, left.shape[1], -1)
             return (left.gather(2, index) * (right @ values.mH)).sum((1, 2)).real
-        dense = at_least_float32(other.materialize())
+        dense = at_least_float32(other.materialize()).reshape(self.batch_size, self.shape[0], values.shape[2])
         return (dense.gather(1, self.index.unsqueeze(2).expand_as(values)) * values.conj()).sum((1, 2)).real
 
     @classmethod

@@ -172,6 +172,26 @@ def part_of(tensor: Tensor) -> tuple[Tensor, int, GradientEdge | None] | None:
     return None
 
 
+def leaf_of_view(tensor: Tensor) -> tuple[Tensor, bool] | None:
+    """The leaf that a tensor is all of, by views alone: of other sizes, and perhaps with the last two axes swapped.
+
+    Returns:
+        The leaf, and whether its elements are in the order of the tensor's transpose; None if the tensor is something else.
+    """
+    node = tensor.grad_fn
+    while node is not None and type(node).__name__.startswith(_VIEWS):
+        node = node.next_functions[0][0]
+    leaf = tensor if tensor.is_leaf else _leaf(node)
+    if leaf is None or leaf.numel() != tensor.numel() or not leaf.is_contiguous():
+        return None
+    if leaf.data_ptr() != tensor.data_ptr() or tensor.dim() < 2:
+        return None
+    return next(((leaf, swapped) for swapped in (False, True) if (tensor, tensor.mT)[swapped].is_contiguous()), None)
+
+
+_VIEWS = ("TransposeBackward", "PermuteBackward", "ViewBackward", "UnsafeViewBackward", "UnflattenBackward")
+
+
 def depends_past(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> bool:
     """Whether outputs depend on something with a gradient by another way than by their inputs."""
     ends = _visit(_nodes(outputs), set(_nodes(inputs)))

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opacus_fgc._compat.overrides import GROUPED_MM
 from opacus_fgc._compat.pytree import tree_flatten, tree_map_only, tree_unflatten
 from opacus_fgc.taps.attention import multi_head_attention
 from opacus_fgc.taps.functorch import norms_by_sample
+from opacus_fgc.taps.grouped import BY_EXPERT, BY_MATRIX, experts_of_rows
 from opacus_fgc.taps.operation_samplers import BATCH_AXIS, REPEATED, Op, OpSampler, sampler_of
 from opacus_fgc.taps.shared import size_of, tensors_of_call
 from opacus_fgc.taps.watch import ForwardWatch
@@ -84,6 +86,13 @@ class Meeting(ForwardWatch):
             return self._join(func, args, kwargs)
         if name == "__setitem__":
             return self._set(func, *args)
+        if name in GROUPED_MM and not self.is_shared(args[0]) and self._is_caught(args[1]):
+            return self._grouped(func, args, kwargs)
+        if name == "baddbmm" and not kwargs and args[0].dim() == 3 and args[0].shape[1] == 1:
+            with self:
+                return (torch.bmm(*args[1:]).transpose(0, 1) + args[0].transpose(0, 1)).transpose(0, 1)
+        if not kwargs and (name == "bmm" or (name in PRODUCTS and len(args[1]) > 1)) and self._is_by_matrix(*args):
+            return self._by_matrix(func, *args)
         return self._general(func, args, kwargs)
 
     def _pointwise(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -139,6 +148,22 @@ class Meeting(ForwardWatch):
             return self._general(torch.matmul, (second.T, first), {})
         return self._general(F.linear, (second.T, first), {}).T
 
+    def _grouped(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        experts = experts_of_rows(*args, **kwargs)
+        if experts is None:
+            return self._general(func, args, kwargs)
+        op = Op(func, {1: args[1]})
+        return self._tap_op(func(*args, **kwargs), op, BY_EXPERT, (args[0], experts), {}, 0)
+
+    def _is_by_matrix(self, first: Tensor, second: Tensor) -> bool:
+        """Whether the first axis of a product counts matrices that the batch shares, and the second rows."""
+        return first.dim() == second.dim() == 3 and self._is_caught(second) and not self.is_shared(first)
+
+    def _by_matrix(self, func: Callable, first: Tensor, second: Tensor) -> Tensor:
+        rows = first.expand(len(second), -1, -1).transpose(0, 1)
+        output = func(first, second).transpose(0, 1)
+        return self._tap_op(output, Op(func, {1: second}), BY_MATRIX, (rows,), {}, 0).transpose(0, 1)
+
     def _general(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
         if not isinstance(output, Tensor) or not output.requires_grad:
@@ -148,6 +173,9 @@ class Meeting(ForwardWatch):
         axis = self._axis(output.dim())
         if output.dim() <= axis or any(output is leaf for leaf in leaves):
             return output
+        if func.__name__ in PRODUCTS and output.dim() > axis + 3:
+            # Where the first axis counts matrices, samples are counted by the next.
+            axis += any(size_of(leaf, axis - output.dim()) not in (None, 1) for leaf in shared.values())
         sampler = sampler_of(func, args, kwargs, {id(leaf) for leaf in shared.values()})
         norms = norms_by_sample([output], axis) if sampler is REPEATED else None
         constants = [

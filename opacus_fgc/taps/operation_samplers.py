@@ -175,6 +175,20 @@ def _embedding(
     return embedding, layer, input
 
 
+def _lookup(input: Tensor, index: Any) -> StandIn:
+    (index,) = index if isinstance(index, tuple) else (index,)
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int32, torch.int64) or not index.dim():
+        raise TypeError("several rows by their numbers alone are what an embedding looks up")
+    layer = SimpleNamespace(
+        weight=input,
+        padding_idx=None,
+        max_norm=None,
+        scale_grad_by_freq=False,
+        embedding_dim=input.shape[1:].numel(),
+    )
+    return embedding, layer, index % len(input)
+
+
 def _convolution(
     input: Tensor,
     weight: Tensor,
@@ -223,6 +237,7 @@ _STAND_INS: dict[str, Callable[..., StandIn]] = {
     "mm": _matmul,
     "__matmul__": _matmul,
     "embedding": _embedding,
+    "__getitem__": _lookup,
     "conv1d": _convolution,
     "conv2d": _convolution,
     "conv3d": _convolution,
@@ -237,7 +252,8 @@ def _as_layer(op: Op, call: Call, backprops: Tensor) -> dict[Tensor, PerSampleGr
     args, kwargs = tree_unflatten(leaves, spec)
     sampler, layer, activations = _STAND_INS[op.function.__name__](*args, **kwargs)
     axis = call.batch_axis
-    forms = sampler(layer, [activations.movedim(axis, 0)], backprops.movedim(axis, 0))
+    activations = activations.movedim(axis, 0) if activations.dim() > axis else activations
+    forms = sampler(layer, [activations], backprops.movedim(axis, 0))
     return {shared: forms[shared] for shared in op.shared.values()}
 
 

@@ -1,0 +1,64 @@
+"""Mixtures of experts of transformers, under each of its implementations, equal the oracle; in both modes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from opacus_fgc.privacy_engine import MODES
+
+pytest.importorskip("transformers")
+
+from tests import sweep
+
+# Their own deprecations are not what is tested here.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+MODELS = {
+    "afmoe": "AfmoeForCausalLM",
+    "aria_text": "AriaTextForCausalLM",
+    "cohere2_moe": "Cohere2MoeForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v4": "DeepseekV4ForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "exaone_moe": "ExaoneMoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "inkling_text": "InklingForCausalLM",
+    "jetmoe": "JetMoeForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+ALWAYS = {"deepseek_v4", "gpt_oss", "jetmoe", "llama4_text", "mixtral"}
+ROWS = [
+    pytest.param(kind, experts, marks=[] if kind in ALWAYS else pytest.mark.slow, id=f"{kind}-{experts}")
+    for kind, name in MODELS.items()
+    if hasattr(sweep.transformers, name)
+    for experts in (sweep.IMPLEMENTATIONS if sweep.has_experts(name) else (None,))
+]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind, experts", ROWS)
+def test_equals_oracle(kind: str, experts: str | None, mode: str) -> None:
+    """In double precision to 1e-10, also of what the models compute in float32; torch has `grouped_mm` in float32 only."""
+    single = experts == "grouped_mm"
+    dtype = torch.float32 if single else torch.float64
+    torch.set_default_dtype(dtype)
+    model = sweep.built(kind, MODELS[kind], experts, dtype)
+    with nullcontext() if single else sweep.InDouble():
+        assert sweep.difference(model, mode) <= (sweep.IN_FLOAT32 if single else sweep.TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
+def test_what_transformers_has_in_place_of_grouped_mm(kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
+    model = sweep.built(kind, MODELS[kind], "grouped_mm", torch.float64)
+    with sweep.InDouble():
+        assert sweep.difference(model, mode) <= sweep.TOLERANCE
