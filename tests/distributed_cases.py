@@ -86,8 +86,8 @@ class Routed(nn.Module):
         out = torch.zeros_like(tokens)
         for place, expert in enumerate(self.experts):
             mine = (route == place).nonzero().flatten()
-            if len(mine):
-                out = out.index_add(0, mine, expert(tokens[mine]))
+            # FSDP expects each rank to use each of a module's parameters.
+            out = out.index_add(0, mine, expert(tokens[mine]))
         return x + out.view_as(x).tanh()
 
 

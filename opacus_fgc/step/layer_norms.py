@@ -90,7 +90,7 @@ class LayerNorms(CertifiedModel):
                 )
                 uses = seen.uses
                 self._mark(layer, uses)
-                if any(use.call.key in self.record.owned or self._is_on_no_rows(use) for use in uses):
+                if self.record.samples_in_loss and any(map(self._is_out_of_order, uses)):
                     forms = self._forms_by_owner(seen, layer)
                 else:
                     forms = self._forms(seen, layer)
@@ -138,9 +138,9 @@ class LayerNorms(CertifiedModel):
         places = [group.samples for group in groups]
         return {param: Grouped([forms[param] for forms in several], places) for param in several[0]}
 
-    def _is_on_no_rows(self, use: Use) -> bool:
-        """Whether no sample has a row, as where no token was routed to an expert."""
-        return bool(self.record.samples_in_loss) and not use.call.key.rows
+    def _is_out_of_order(self, use: Use) -> bool:
+        """Whether its rows are not the samples in order; or there are none, as where no token was routed to an expert."""
+        return use.call.key in self.record.owned or not use.call.key.rows
 
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
