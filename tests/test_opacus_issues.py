@@ -85,14 +85,29 @@ class JoinedGraphs(nn.Module):
         return self.head(torch.zeros(len(sizes), 8).index_add(0, graph, hidden) / sizes[:, None])
 
 
+class Isomorphism(nn.Module):
+    """No layer is called on the nodes as they are (Xu et al. 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps, self.kinds = nn.Parameter(torch.zeros(1)), nn.Embedding(2, 8)
+        self.update, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, nodes: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+        around = torch.zeros_like(nodes).index_add(0, edges[1], nodes[edges[0]])
+        hidden = self.update((1 + self.eps) * nodes + around) + self.kinds((nodes[:, 0] > 0).long())
+        return self.head(torch.zeros(int(graph.max()) + 1, 8).index_add(0, graph, hidden.relu()))
+
+
+@pytest.mark.parametrize("sizes", [[3, 4, 5, 2], [3, 1, 5, 3]])  # also as many nodes as graphs, times three
+@pytest.mark.parametrize("make", [JoinedGraphs, Isomorphism])
 @pytest.mark.parametrize("mode", MODES)
-def test_joined_graphs(mode: str) -> None:
-    sizes = [3, 4, 5, 2]
+def test_joined_graphs(mode: str, make: type[nn.Module], sizes: list[int]) -> None:
     starts = [sum(sizes[:graph]) for graph in range(len(sizes))]
     rings = [torch.tensor([(i, (i + 1) % size) for i in range(size)]).mT for size in sizes]
     graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     nodes, y, loss = torch.randn(sum(sizes), 4), torch.randint(0, 3, (len(sizes),)), nn.CrossEntropyLoss()
-    model = JoinedGraphs()
+    model = make()
     per_graph = []
     for start, size, ring, label in zip(starts, sizes, rings, y, strict=True):
         output = model(nodes[start : start + size], ring, torch.zeros(size, dtype=torch.long))

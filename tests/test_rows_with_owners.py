@@ -166,6 +166,22 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]]]] = 
         lambda: Apply(sorted_inside, a=nn.Linear(D, 3), b=nn.Linear(3, 3), c=nn.Linear(3, 2)),
         lambda: [torch.randn(N, D)],
     ),
+    "nested-tensors": (
+        lambda: Apply(
+            lambda m, x, sizes: torch.stack(
+                [rows.tanh().sum(0) for rows in m.b(m.a(nested(x, sizes)).tanh()).unbind()]
+            ),
+            a=nn.Linear(D, 3),
+            b=nn.LayerNorm(3),
+        ),
+        lambda: [torch.randn(N, T, D), torch.tensor([1, 3, 4, 1, 2])],
+    ),
+    "rows-by-keyword": (
+        lambda: Apply(
+            lambda m, x: torch.stack([m.b(input=m.a(input=row)) for row in x]), a=nn.Linear(D, 3), b=nn.LayerNorm(3)
+        ),
+        lambda: [torch.randn(N, D)],
+    ),
     "two-rows-for-each-sample": (
         lambda: Apply(lambda m, x: m.a(x.repeat_interleave(2, 0)).unflatten(0, (-1, 2)).prod(1), a=nn.Linear(D, 3)),
         lambda: [torch.randn(N, D)],
@@ -175,6 +191,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]]]] = 
         lambda: [torch.randn(N, D)],
     ),
 }
+
+
+def nested(x: Tensor, sizes: Tensor) -> Tensor:
+    rows = [x[n, : int(size)] for n, size in enumerate(sizes)]
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 class Own(Apply):

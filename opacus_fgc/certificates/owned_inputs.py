@@ -28,6 +28,15 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], siz
         for path, call in entrance.rows.items()
         if call in owned and len(owned[call].samples) != size and owned[call].is_in_order(size)
     }
+    # Others have as many rows as a layer that was called on what comes of them.
+    in_order = {
+        len(found.samples): found
+        for found in owned.values()
+        if not found.by_position and len(found.samples) != size and found.is_in_order(size)
+    }
+    for path, tensor in tensors_by_path(entrance.inputs).items():
+        if tensor.dim() and len(tensor) in in_order:
+            result.setdefault(path, in_order[len(tensor)])
     positions = [found.samples for found in owned.values() if found.by_position]
     longest = max(map(len, positions), default=0)
     if longest:

@@ -42,14 +42,12 @@ class Owned:
         Args:
             size: number of samples.
         """
-        own = self.samples >= 0
-        if not size or len(self.samples) % size:
-            return bool((self.samples[own].diff() >= 0).all())
-        rows = torch.arange(len(self.samples), device="cpu")
-        return any(
-            torch.equal(self.samples[own], expected[own])
-            for expected in (rows // (len(rows) // size or 1), rows % size)
-        )
+        own, rows = self.samples >= 0, torch.arange(len(self.samples), device="cpu")
+        several, left = divmod(len(rows), size) if size else (0, 1)
+        if several and not left and (torch.bincount(self.samples[own], minlength=size) <= several).all():
+            expected = (rows // several, rows % size)
+            return any(torch.equal(self.samples[own], samples[own]) for samples in expected)
+        return bool((self.samples[own].diff() >= 0).all())
 
 
 class _Evidence(NamedTuple):

@@ -247,20 +247,17 @@ def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
     return 1 if activations and activations[0].dim() - features >= 2 else 0
 
 
-def lacks_batch_axis(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a layer was called on one tensor, which is a row without an axis for the batch.
+def lacks_batch_axis(layer: nn.Module, input: Tensor) -> bool:
+    """Whether what a layer was called on is a row without an axis for the batch.
 
     Args:
         layer: the layer.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
+        input: the one tensor that it was called on.
     """
-    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-        return False
     if isinstance(layer, nn.Embedding):
-        return args[0].dim() == 0
+        return input.dim() == 0
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        return args[0].dim() == len(layer.normalized_shape)
+        return input.dim() == len(layer.normalized_shape)
     if isinstance(layer, ConvNd):
-        return args[0].dim() == layer.weight.dim() - 1
-    return isinstance(layer, nn.Linear) and args[0].dim() == 1
+        return input.dim() == layer.weight.dim() - 1
+    return isinstance(layer, nn.Linear) and input.dim() == 1

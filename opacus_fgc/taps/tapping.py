@@ -18,7 +18,7 @@ from opacus_fgc._compat.pytree import tree_map_only
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.certificates.schedule import Certification
-from opacus_fgc.errors import located
+from opacus_fgc.errors import PrivacyNotImplementedError, located
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
@@ -145,6 +145,8 @@ class Tapping(Assignment):
             return forward_output
         if innermost_transform() is not None:
             return self._tap_in_vmap(module, forward_input, forward_kwargs, forward_output)
+        if isinstance(forward_output, Tensor) and forward_output.is_nested:
+            return self._tap_nested(module, forward_input, forward_kwargs, forward_output)
         layer = self._taps.layers[module]
         # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
         if not self._holds_its_own(module, layer):
@@ -165,9 +167,10 @@ class Tapping(Assignment):
                 forward_output = module.forward(*forward_input, **forward_kwargs)
             elif self._running.single is not None and size_of(forward_output, axis) == 1:
                 self._running.single.append((module, forward_output))
-        if lacks_batch_axis(module, forward_input, forward_kwargs):
+        given = tensors_in((forward_input, forward_kwargs))
+        if len(given) == 1 and lacks_batch_axis(module, given[0]):
             # One row by itself, as a loop over a batch gives it.
-            inputs: Any = ((forward_input[0].unsqueeze(0),), {})
+            inputs: Any = ((given[0].unsqueeze(0),), {})
             row = self._tap(module, layer, forward_output.unsqueeze(0), inputs, 0, layer.sampler.fingerprint)
             return row.squeeze(0)
         return self._tap(
@@ -192,6 +195,20 @@ class Tapping(Assignment):
             rows, features = (tensor.movedim(axis, 0) for tensor, axis, _ in (returned, given))
             tapped = self._tap(module, layer, rows, ((features,), {}), 0, layer.sampler.fingerprint)
         return batched(tapped, returned[2])
+
+    def _tap_nested(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Puts a tap on what a layer returned for samples of different lengths, whose rows are one after another."""
+        layer, tensors = self._taps.layers[module], tensors_in((args, kwargs))
+        jagged = all(tensor.is_nested and tensor.layout is torch.jagged for tensor in (output, *tensors))
+        if not jagged or len(tensors) != 1 or layer.sampler.covers_children:
+            raise PrivacyNotImplementedError(
+                f"{layer.name}: it was called on nested tensors; a layer with a norm sampler may be, on one of them with "
+                "layout=torch.jagged. Pad the samples instead (torch.nested.to_padded_tensor), and use a mask"
+            )
+        features: Any = ((tensors[0].values(),), {})
+        tapped = self._tap(module, layer, output.values(), features, 0, layer.sampler.fingerprint)
+        nested: Any = output
+        return torch.nested.nested_tensor_from_jagged(tapped, nested.offsets())
 
     def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
         if not layer.sampler.covers_children:
