@@ -90,6 +90,7 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note": {"per_layer_config": {}},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "nemotron": {"num_key_value_heads": 2},

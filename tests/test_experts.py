@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -52,13 +52,20 @@ class Experts(nn.Module):
         return self.head(rows + self.how(self, rows, experts, weights)).view(*x.shape[:2], 2)
 
 
-def by_loop(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+def by_loop(
+    net: Experts, rows: Tensor, experts: Tensor, weights: Tensor, several: Iterable[int | Tensor] = range(E)
+) -> Tensor:
     out = torch.zeros_like(rows)
-    for expert in experts.unique():
+    for expert in several:
         row, place = (experts == expert).nonzero(as_tuple=True)
         inner = F.linear(rows[row], net.up[expert], net.up_bias[expert]).tanh() @ net.down[expert]
         out = out.index_add(0, row, inner * weights[row, place, None])
     return out
+
+
+def by_hits(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """A loop over those experts that a token reaches."""
+    return by_loop(net, rows, experts, weights, experts.unique())
 
 
 def by_modules(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -91,7 +98,7 @@ def by_all(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tens
     return (torch.matmul(inner, net.down) * dense.T[..., None]).sum(0)
 
 
-WAYS = {"loop": by_loop, "modules": by_modules, "lookup": by_lookup, "all": by_all}
+WAYS = {"loop": by_loop, "hits": by_hits, "modules": by_modules, "lookup": by_lookup, "all": by_all}
 
 
 def spread(n: int = N) -> Tensor:
