@@ -278,14 +278,11 @@ def _row(kind: str, name: str, experts: str | None) -> Row:
     runs = [(mode, nullcontext(), TOLERANCE if whole else IN_FLOAT32) for mode in MODES]
     if dtype == torch.float64 and watch.found:
         runs += [(mode, InDouble(), TOLERANCE) for mode in MODES]
-    state = {path: value.clone() for path, value in model.state_dict().items()}
     worst = 0.0
     for mode, context, tolerance in runs:
-        model = built(kind, name, experts, dtype)
-        model.load_state_dict(state)
         try:
             with context:
-                found = difference(model, mode)
+                found = difference(copy.deepcopy(model), mode)
         except (PrivacyNotImplementedError, PrivacyValueError, PrivacyRuntimeError, NotImplementedError) as error:
             return Row(name, shown, "refused", str(error))
         except Exception as error:
