@@ -168,8 +168,11 @@ class NotBuiltError(Exception):
 
 def built(kind: str, name: str, experts: str | None, dtype: torch.dtype) -> nn.Module:
     """A tiny model of a class that runs and has gradients."""
-    config_class = transformers.AutoConfig.for_model(kind).__class__
-    model_class = getattr(transformers, name)
+    try:
+        config_class = transformers.AutoConfig.for_model(kind).__class__
+        model_class = getattr(transformers, name)
+    except Exception as error:
+        raise NotBuiltError(f"{type(error).__name__}: {error}") from error
     failures = []
     for variant in VARIANTS:
         torch.manual_seed(0)
