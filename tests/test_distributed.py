@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from opacus_fgc.distributed import reductions
+from tests.case import Apply
 from tests.distributed_cases import (
     C,
     both,
@@ -41,6 +42,7 @@ from tests.distributed_cases import (
 )
 from tests.ranks import Ranks, ranks, refused_on_all_ranks
 from tests.reference import reference
+from tests.test_experts import WAYS, D, Experts, T
 
 pytestmark = pytest.mark.slow  # several processes
 
@@ -200,3 +202,22 @@ def test_mixed_precision(group, mode):
 @pytest.mark.parametrize(("name", "wrap"), [("ghost_fsdp", fsdp), ("ghost_tp", tensor_parallel)])
 def test_names_of_opacus(group, name, wrap):
     group(step, images if wrap is fsdp else table, wrap, name)
+
+
+def experts(way: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """More samples than experts are stored on one rank, and tokens of each go to several of them."""
+    torch.manual_seed(0)
+    return Apply(lambda m, x: m.a(x).mean(1), a=Experts(WAYS[way], 2)), torch.randn(11, T, D), torch.randint(2, (11,))
+
+
+def by_expert(model: nn.Module) -> nn.Module:
+    """FSDP2 with the experts' tensors in shards by expert."""
+    fully_shard(model.a)
+    return fully_shard(model)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("way", ["loop", "lookup", "all"])
+@pytest.mark.parametrize("wrap", [ddp, pytest.param(by_expert, marks=needs_fsdp)])
+def test_experts(group, wrap, way, mode):
+    group(step, partial(experts, way), wrap, mode)

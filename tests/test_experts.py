@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opacus_fgc.loss import book_keeping
-from opacus_fgc.per_sample import Parts, Rows
+from opacus_fgc.per_sample import Outer, Parts, Routed, Rows
 from opacus_fgc.privacy_engine import MODES
 from opacus_fgc.step import record
 from tests.reference import reference
@@ -52,13 +52,20 @@ class Experts(nn.Module):
         return self.head(rows + self.how(self, rows, experts, weights)).view(*x.shape[:2], 2)
 
 
-def by_loop(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+def by_loop(
+    net: Experts, rows: Tensor, experts: Tensor, weights: Tensor, several: Iterable[int | Tensor] = range(E)
+) -> Tensor:
     out = torch.zeros_like(rows)
-    for expert in experts.unique():
+    for expert in several:
         row, place = (experts == expert).nonzero(as_tuple=True)
         inner = F.linear(rows[row], net.up[expert], net.up_bias[expert]).tanh() @ net.down[expert]
         out = out.index_add(0, row, inner * weights[row, place, None])
     return out
+
+
+def by_hits(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """A loop over those experts that a token reaches."""
+    return by_loop(net, rows, experts, weights, experts.unique())
 
 
 def by_modules(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -91,7 +98,7 @@ def by_all(net: Experts, rows: Tensor, experts: Tensor, weights: Tensor) -> Tens
     return (torch.matmul(inner, net.down) * dense.T[..., None]).sum(0)
 
 
-WAYS = {"loop": by_loop, "modules": by_modules, "lookup": by_lookup, "all": by_all}
+WAYS = {"loop": by_loop, "hits": by_hits, "modules": by_modules, "lookup": by_lookup, "all": by_all}
 
 
 def spread(n: int = N) -> Tensor:
@@ -162,22 +169,26 @@ def test_experts_that_few_tokens_reach(what: str, way: str, mode: str) -> None:
         assert (net.up.summed_grad[3].count_nonzero() > 0) == (what != "none")
 
 
-@pytest.mark.parametrize("way, form", [("loop", Parts), ("lookup", Rows)])
-def test_no_gradient_is_formed(way: str, form: type, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "way, form",
+    [(by_loop, Parts), (by_lookup, Rows), (by_all, Outer), pytest.param(by_group, Routed, marks=needs_grouped_mm)],
+)
+def test_no_gradient_is_formed(way: Callable, form: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experts' per-sample gradients would be as many times the experts as there are samples."""
     torch.manual_seed(0)
-    seen: dict[torch.Size, type] = {}
+    torch.set_default_dtype(torch.float32)
+    seen: dict[Tensor, type] = {}
     receive = record.Record.receive
 
     def noted(self: Any, several: Any, uses: Any) -> Any:
-        seen.update((tuple(param.shape), type(form)) for param, form in several.items())
+        seen.update((param, type(form)) for param, form in several.items())
         return receive(self, several, uses)
 
     monkeypatch.setattr(record.Record, "receive", noted)
-    net = Experts(WAYS[way], 2)
+    net = Experts(way, 2)
     module, private = wrapped(net, losses, backward=book_keeping)
     private(module(spread()), torch.zeros(N, T, 2)).backward()
-    assert seen[tuple(net.up.shape)] is form
+    assert seen[net.up] is seen[net.down] is form
 
 
 # What is no function of the token alone

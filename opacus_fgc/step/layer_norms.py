@@ -22,6 +22,7 @@ from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.profile import Unwatched
 from opacus_fgc.step.rows_by_sample import dealt_out
 from opacus_fgc.taps.lookup import find_gradient_sampler
+from opacus_fgc.taps.operation_samplers import Op
 from opacus_fgc.taps.tap import Call, Use
 from opacus_fgc.taps.tapping import Tapped
 
@@ -90,7 +91,7 @@ class LayerNorms(CertifiedModel):
                 )
                 uses = seen.uses
                 self._mark(layer, uses)
-                if self.record.samples_in_loss and any(map(self._is_out_of_order, uses)):
+                if self.record.samples_in_loss and self._are_dealt_out(uses):
                     forms = self._forms_by_owner(seen, layer)
                 else:
                     forms = self._forms(seen, layer)
@@ -138,9 +139,11 @@ class LayerNorms(CertifiedModel):
         places = [group.samples for group in groups]
         return {param: Grouped([forms[param] for forms in several], places) for param in several[0]}
 
-    def _is_out_of_order(self, use: Use) -> bool:
-        """Whether its rows are not the samples in order; or there are none, as where no token was routed to an expert."""
-        return use.call.key in self.record.owned or not use.call.key.rows
+    def _are_dealt_out(self, uses: Sequence[Use]) -> bool:
+        """Whether rows are not the samples in order, or not as many for each use of an operation; none are of an idle expert."""
+        rows = {use.call.key.rows for use in uses}
+        several = len(rows) > 1 and isinstance(uses[0].call.fingerprint, Op)
+        return several or 0 in rows or any(use.call.key in self.record.owned for use in uses)
 
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)
