@@ -204,7 +204,7 @@ def test_names_of_opacus(group, name, wrap):
     group(step, images if wrap is fsdp else table, wrap, name)
 
 
-def experts(way: str) -> tuple[nn.Module, Tensor, Tensor]:
+def experts_in_one(way: str) -> tuple[nn.Module, Tensor, Tensor]:
     """More samples than experts are stored on one rank, and tokens of each go to several of them."""
     torch.manual_seed(0)
     return Apply(lambda m, x: m.a(x).mean(1), a=Experts(WAYS[way], 2)), torch.randn(11, T, D), torch.randint(2, (11,))
@@ -220,4 +220,4 @@ def by_expert(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("way", ["loop", "lookup", "all"])
 @pytest.mark.parametrize("wrap", [ddp, pytest.param(by_expert, marks=needs_fsdp)])
 def test_experts(group, wrap, way, mode):
-    group(step, partial(experts, way), wrap, mode)
+    group(step, partial(experts_in_one, way), wrap, mode)
