@@ -94,17 +94,19 @@ class DPLossFastGradientClipping(OpacusLoss):
             ValueError: if the criterion cannot be evaluated by sample, or mixes samples.
         """
         self._calls += 1
+        packed = self._losses.packed(args, kwargs)
         losses = self._losses(
             args,
             kwargs,
             reduction=self.loss_reduction,
             shape=shape,
+            packed=packed is not None,
             batch_first=self.module.batch_first,
             due=self.module.certification.schedule.is_due_at(self._calls),
             aside=partial(self._aside, (args, kwargs)),
             model=wrapped_model(self.module),
         )
-        self.module.record.packed = self._losses.packed(args, kwargs)
+        self.module.record.packed = packed
         return DPTensorFastGradientClipping(
             self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward
         )

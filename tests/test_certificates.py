@@ -30,6 +30,7 @@ from tests.case import Apply, two_passes_by_hand
 from tests.reference import reference
 from tests.test_loss import wrapped
 from tests.test_refused import Product
+from tests.test_rows_with_owners import assert_clipped
 
 N, D = 6, 4
 
@@ -404,16 +405,6 @@ def test_a_parameter_hidden_from_everything(mode: str) -> None:
 
 
 # Rows
-
-
-def assert_clipped(module: Any, private: Any, *inputs: Tensor) -> None:
-    """One clipped backward pass equals the oracle."""
-    size = len(inputs[0])
-    oracle = reference(module._module, lambda output, _: squares(output).sum(), inputs, torch.zeros(size), size)
-    module.max_grad_norm = oracle.total_norm().median().item()
-    private(module(*inputs)).backward()
-    for name, wanted in oracle.clipped_sum(module.max_grad_norm).items():
-        torch.testing.assert_close(module._module.get_parameter(name).summed_grad, wanted, rtol=1e-10, atol=1e-10)
 
 
 def masked(net: Any, x: Tensor, mask: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -68,19 +68,19 @@ class CertifiedModel(TriedModel):
     def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
         raise NotImplementedError
 
-    def _due(self, size: int, reached: Reached, record: Record) -> Due | None:
+    def _due(self, size: int, reached: Reached, record: Record, expected: Collection[Any] = ()) -> Due | None:
         """The certificate that a pass needs, on this rank or another one; None if it needs none.
 
         Args:
             size: number of samples.
             reached: what their losses depend on.
             record: the state of the step.
+            expected: the calls whose rows have owners that are known; see `expected_owners`.
         """
         structure = structure_of(size, reached, record.changed_buffers, self.certification.dealt_out)
         moved = arrangement(reached.moving, self.batch_first, {order.data_ptr() for order in record.orders})
         schedule, dealt_out = self.certification.schedule, self.certification.dealt_out
         whole, is_new = schedule.is_due(size, structure), schedule.is_new(structure)
-        expected = self.expected_owners(reached, record)
         others = [call for call in reached.calls if call not in expected]
         unknown = bool(size) and (
             not schedule.is_in_order(structure, moved)

@@ -23,29 +23,30 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], siz
         owned: whose the rows of the layers' calls in it are, by layer and number of the call.
         size: number of samples.
     """
-    result = {
-        path: owned[call]
-        for path, call in entrance.rows.items()
-        if call in owned and len(owned[call].samples) != size and owned[call].is_in_order(size)
-    }
-    # Others have as many rows as a layer that was called on what comes of them.
     in_order = {
-        len(found.samples): found
-        for found in owned.values()
+        call: found
+        for call, found in owned.items()
         if not found.by_position and len(found.samples) != size and found.is_in_order(size)
     }
-    for path, tensor in tensors_by_path(entrance.inputs).items():
-        if tensor.dim() and len(tensor) in in_order:
-            result.setdefault(path, in_order[len(tensor)])
+    # Others have as many rows as a layer that was called on what comes of them.
+    by_rows = {len(found.samples): found for found in in_order.values()}
     positions = [found.samples for found in owned.values() if found.by_position]
     longest = max(map(len, positions), default=0)
-    if longest:
-        every = torch.stack([samples for samples in positions if len(samples) == longest]).amax(0)
-        for path, tensor in tensors_by_path(entrance.inputs).items():
-            if tensor.dim() > 1 and tensor.shape[0] * tensor.shape[1] == longest:
-                result[path] = Owned(every, True)
-    tensors = tensors_by_path(entrance.inputs)
-    return {path: found for path, found in result.items() if not _says_whose(tensors[path], found)}
+    packed = (
+        Owned(torch.stack([samples for samples in positions if len(samples) == longest]).amax(0), True)
+        if longest
+        else None
+    )
+    result = {}
+    for path, tensor in tensors_by_path(entrance.inputs).items():
+        if packed is not None and tensor.dim() > 1 and tensor.shape[:2].numel() == longest:
+            found: Owned | None = packed
+        else:
+            found = in_order.get(entrance.rows.get(path, (None, 0)))
+            found = by_rows.get(len(tensor)) if found is None and tensor.dim() else found
+        if found is not None and not _says_whose(tensor, found):
+            result[path] = found
+    return result
 
 
 def _says_whose(tensor: Tensor, found: Owned) -> bool:

@@ -55,6 +55,7 @@ class SampleLosses:
         *,
         reduction: str,
         shape: Sequence[int] | None = None,
+        packed: bool = False,
         batch_first: bool = True,
         due: bool = False,
         aside: Callable[[], AbstractContextManager] = nullcontext,
@@ -67,6 +68,7 @@ class SampleLosses:
             kwargs: its keyword arguments.
             reduction: "mean" or "sum".
             shape: for losses of flattened tokens the shape ``(N, T, ...)`` before flattening.
+            packed: whether samples are packed; see `packed`.
             batch_first: whether the rows of the arguments are samples; if not, losses have to be unreduced.
             due: whether it is to be checked; if it cannot be now, it is when it can.
             aside: gives a context for runs that are not the user's own.
@@ -86,7 +88,7 @@ class SampleLosses:
         def run(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return criterion(*args, **kwargs)
 
-        if self.packed(args, kwargs) is not None:
+        if packed:
             # Each loss is of one sequence's logits and labels by its definition.
             return unreduced(self.criterion, args, kwargs)
         if shape is not None or not batch_first:

@@ -105,13 +105,14 @@ class NormPass(LayerNorms):
         check_samples(self.layout, loss_per_sample, record.inputs)
         with self._nothing_left_of_errors():
             record.samples_in_loss = len(loss_per_sample)
-            due = self._due(len(loss_per_sample), reached, record)
+            expected = self.expected_owners(reached, record)
+            due = self._due(len(loss_per_sample), reached, record, expected)
             # The pass that all is kept of gives the graph up, which the certificate needs.
             if due is not None and (due.comes_first or keep.everything):
                 record.owned = self.certify(due, loss_per_sample, reached, loss_scale)
                 due = None
             else:
-                record.owned = self.expected_owners(reached, record)
+                record.owned = expected
             record.step, record.loss_scale = Step(retain_graph), loss_scale
             if due is None:
                 self._pass_to_taps(record, loss_per_sample, keep, retain_graph)

@@ -247,17 +247,15 @@ def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
     return 1 if activations and activations[0].dim() - features >= 2 else 0
 
 
-def lacks_batch_axis(layer: nn.Module, input: Tensor) -> bool:
-    """Whether what a layer was called on is a row without an axis for the batch.
+def lacks_batch_axis(layer: nn.Module, output: Any) -> bool:
+    """Whether what a layer returned is a row without an axis for the batch. Asked at every call, so it is kept light.
 
     Args:
         layer: the layer.
-        input: the one tensor that it was called on.
+        output: what it returned.
     """
-    if isinstance(layer, nn.Embedding):
-        return input.dim() == 0
+    if isinstance(layer, (nn.Linear, nn.Embedding)):
+        return isinstance(output, Tensor) and output.dim() == 1
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
-        return input.dim() == len(layer.normalized_shape)
-    if isinstance(layer, ConvNd):
-        return input.dim() == layer.weight.dim() - 1
-    return isinstance(layer, nn.Linear) and input.dim() == 1
+        return isinstance(output, Tensor) and output.dim() == len(layer.normalized_shape)
+    return isinstance(layer, ConvNd) and isinstance(output, Tensor) and output.dim() == layer.weight.dim() - 1

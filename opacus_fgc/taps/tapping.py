@@ -167,10 +167,9 @@ class Tapping(Assignment):
                 forward_output = module.forward(*forward_input, **forward_kwargs)
             elif self._running.single is not None and size_of(forward_output, axis) == 1:
                 self._running.single.append((module, forward_output))
-        given = tensors_in((forward_input, forward_kwargs))
-        if len(given) == 1 and lacks_batch_axis(module, given[0]):
+        if lacks_batch_axis(module, forward_output):
             # One row by itself, as a loop over a batch gives it.
-            inputs: Any = ((given[0].unsqueeze(0),), {})
+            inputs: Any = (tuple(tensor.unsqueeze(0) for tensor in tensors_in((forward_input, forward_kwargs))), {})
             row = self._tap(module, layer, forward_output.unsqueeze(0), inputs, 0, layer.sampler.fingerprint)
             return row.squeeze(0)
         return self._tap(
