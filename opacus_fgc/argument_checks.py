@@ -20,6 +20,11 @@ def is_finite_number(value: object) -> TypeGuard[float]:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether a value is a whole number from 1 on (not a bool)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def check_loss_reduction(loss_reduction: object) -> None:
     """Raises a ValueError if the reduction is none that Opacus knows."""
     if loss_reduction not in ("mean", "sum"):

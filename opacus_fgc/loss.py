@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping as OpacusLoss
 from torch import Tensor
 
 from opacus_fgc._compat.opacus import wrapped_model
 from opacus_fgc.backward import Backward, book_keeping, double_backward
+from opacus_fgc.certificates.batch import Batch, unit_numbers
 from opacus_fgc.criterion.reduction import check_criterion
-from opacus_fgc.criterion.sample_losses import SampleLosses
+from opacus_fgc.criterion.sample_losses import SampleLosses, by_unit
+from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.private_loss import DPTensorFastGradientClipping
@@ -36,6 +39,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         loss_reduction: how the losses within a sample are reduced, "mean" or "sum", as the criterion's own ``reduction``
             says. It has to be the same on the module and the optimizer.
         backward: how the clipped sum is computed.
+        of_units: whether a sample is a unit of several records, so that each call has to say whose they are.
 
     Raises:
         ValueError: if the reductions or the clipping norms differ, or the criterion cannot be called.
@@ -48,6 +52,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         criterion: Callable[..., Tensor],
         loss_reduction: str = "mean",
         backward: Backward = double_backward,
+        of_units: bool = False,
     ) -> None:
         check_criterion(criterion, loss_reduction, list(wrapped_model(module).parameters()))
         for owner, reduction in (("module", module.loss_reduction), ("optimizer", optimizer.loss_reduction)):
@@ -62,6 +67,7 @@ class DPLossFastGradientClipping(OpacusLoss):
         self.criterion = criterion
         self.loss_reduction = loss_reduction
         self.clipped_backward = backward
+        self.of_units = of_units
         self._calls = 0
 
     @property
@@ -79,20 +85,32 @@ class DPLossFastGradientClipping(OpacusLoss):
         with self.module.hooks_set(False), self.module.undisturbed(wrapped_model(self.module), inputs):
             yield
 
-    def __call__(self, *args: Any, shape: Sequence[int] | None = None, **kwargs: Any) -> DPTensorFastGradientClipping:
+    def __call__(
+        self, *args: Any, shape: Sequence[int] | None = None, unit: Any = None, **kwargs: Any
+    ) -> DPTensorFastGradientClipping:
         """Evaluates the criterion.
 
         Args:
             *args: what the criterion takes.
             shape: for losses of flattened tokens, ``(N * T,)``: the shape ``(N, T, ...)`` before flattening.
+            unit: where several records are one sample, of a user say, or views of a picture: whose each of them is, by whole
+                numbers of shape ``(N,)`` or other hashable values.
             **kwargs: what the criterion takes by keyword.
 
         Returns:
-            One loss a sample: what the criterion gives for that sample alone. See `criterion.SampleLosses`.
+            One loss a sample: what the criterion gives for that sample alone. See `criterion.SampleLosses`. With ``unit`` one a
+            unit: the mean, or sum, of those of its records.
 
         Raises:
-            ValueError: if the criterion cannot be evaluated by sample, or mixes samples.
+            ValueError: if the criterion cannot be evaluated by sample, or mixes samples; or if it is not told whose records
+                these are, and they are of units.
         """
+        if self.of_units and unit is None and torch.is_grad_enabled():
+            raise PrivacyValueError(
+                "the records of the data set have units (make_private(unit=...)), and the criterion was not told whose those of "
+                "this batch are. Have the data set give each record its unit, and call criterion(output, target, unit=...); "
+                "an evaluation goes without under torch.no_grad()"
+            )
         self._calls += 1
         packed = self._losses.packed(args, kwargs)
         losses = self._losses(
@@ -106,7 +124,15 @@ class DPLossFastGradientClipping(OpacusLoss):
             aside=partial(self._aside, (args, kwargs)),
             model=wrapped_model(self.module),
         )
-        self.module.record.packed = packed
+        batch = Batch(len(losses), packed=None if packed is None else packed.cpu())
+        if unit is not None:
+            numbers = unit_numbers(unit, len(losses))
+            losses = by_unit(losses, numbers, self.loss_reduction)
+            batch = (
+                Batch(len(losses), unit=numbers)
+                if batch.packed is None
+                else Batch(len(losses), packed=numbers[batch.packed])
+            )
         return DPTensorFastGradientClipping(
-            self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward
+            self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward, batch=batch
         )

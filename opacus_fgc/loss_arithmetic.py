@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.errors import PrivacyValueError
 
 
@@ -14,6 +15,7 @@ class Arithmetic:
     """A private loss that is combined with numbers, with one weight a sample, and with others of the same samples."""
 
     module: Any
+    batch: Batch
     loss_per_sample: Tensor
     loss_reduction: str
 
@@ -35,6 +37,11 @@ class Arithmetic:
                     f"losses of different batches, of {len(self.loss_per_sample)} and {len(other.loss_per_sample)} samples, "
                     "so that they are not one loss a sample. Beside a batch of the private loader take as many generated "
                     "samples as it has (torch.randn(len(x), ...)), or as many public ones"
+                )
+            if not other.batch.is_as(self.batch):
+                raise PrivacyValueError(
+                    "losses whose samples are not the same: their records' units (or the sequences that are packed) come in "
+                    "another order, or are others. Give the criterion the same unit, or position_ids, for both"
                 )
             return other.loss_per_sample
         if isinstance(other, Tensor) and other.requires_grad:

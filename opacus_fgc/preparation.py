@@ -26,6 +26,7 @@ from opacus_fgc.loss import MODES, DPLossFastGradientClipping
 from opacus_fgc.optimizer import DPOptimizerFastGradientClipping
 from opacus_fgc.sampling.loaders import batches_of, checked, with_own_draws
 from opacus_fgc.sampling.secure import secured
+from opacus_fgc.sampling.units import is_of_units
 
 
 class Preparation(Checkpoints):
@@ -74,11 +75,13 @@ class Preparation(Checkpoints):
             rand_on_empty=rand_on_empty,
         )
         layout, sample_rate = private_module.layout, 1 / len(private_loader)
+        samples = len(private_loader.dataset) * sample_rate  # type: ignore[arg-type]
         private_optimizer = DPOptimizerFastGradientClipping(
             optimizer.original_optimizer if isinstance(optimizer, DPOptimizer) else optimizer,
             noise_multiplier=noise_multiplier,
             max_grad_norm=clipping.max_grad_norm,
-            expected_batch_size=int(len(private_loader.dataset) * sample_rate) / layout.data_ranks,  # type: ignore[arg-type]
+            # As Opacus rounds it; of a few units less than one may be expected.
+            expected_batch_size=(int(samples) or samples) / layout.data_ranks,
             loss_reduction=loss_reduction,
             generator=self.secure_rng if self.secure_mode else noise_generator,
             secure_mode=self.secure_mode,
@@ -87,7 +90,12 @@ class Preparation(Checkpoints):
         )
         private_optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
         private_criterion = DPLossFastGradientClipping(
-            private_module, private_optimizer, criterion, loss_reduction, MODES[grad_sample_mode]
+            private_module,
+            private_optimizer,
+            criterion,
+            loss_reduction,
+            MODES[grad_sample_mode],
+            of_units=is_of_units(private_loader),
         )
         if layout.axes:
             check_copies(layout)

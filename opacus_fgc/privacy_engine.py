@@ -22,6 +22,7 @@ from opacus_fgc.preparation import Preparation
 from opacus_fgc.private_arguments import check_arguments
 from opacus_fgc.sampling.loaders import check_length
 from opacus_fgc.sampling.secure import secured
+from opacus_fgc.sampling.units import check_units, of_units
 
 _CROSS_ENTROPY = nn.CrossEntropyLoss()  # Opacus' default
 
@@ -81,12 +82,14 @@ class PrivacyEngine(Preparation):
         wrap_model: bool = True,
         nonfinite: str = "error",
         certify: str = "thinning",
+        unit: Any = None,
+        records_per_unit: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """Makes model, optimizer, criterion and data loader private; see `opacus.PrivacyEngine.make_private`.
 
         With a mode of this package all arguments are checked before anything is wrapped or changed. With another mode all but
-        ``nonfinite`` and ``certify`` go to Opacus.
+        ``nonfinite``, ``certify``, ``unit`` and ``records_per_unit`` go to Opacus, which has no units.
 
         Args:
             module: the model.
@@ -105,6 +108,11 @@ class PrivacyEngine(Preparation):
             nonfinite: what is done about samples whose gradient has inf or NaN in it, "error" or "drop".
             certify: how often it is proven that samples have gradients of their own: "thinning", "always" or "never"; see
                 `certificates.schedule.Schedule`.
+            unit: the unit of each record of the data set, such as its user: ``len(dataset)`` hashable values. Units are then
+                what is drawn, clipped, and hidden by the budget, whatever number of records each has: a batch has each unit
+                with the probability that a record would have without, and the criterion is called with ``unit=...``. None if
+                each record is a unit.
+            records_per_unit: how many records of a unit a batch has at most, drawn anew each time; all if None.
             **kwargs: the clipping rule's arguments; with another mode, Opacus' own.
 
         Returns:
@@ -140,6 +148,11 @@ class PrivacyEngine(Preparation):
                     f"{grad_sample_mode!r}. Pass one of the two, or use Opacus' own "
                     "PrivacyEngine, which needs torchcsprng for it"
                 )
+            if unit is not None:
+                raise NotImplementedError(
+                    f"unit=... serves grad_sample_mode {' and '.join(map(repr, MODES))}; this is {grad_sample_mode!r}, in which "
+                    "each record is a unit. Pass one of the two"
+                )
             return super().make_private(**given)
         check_nonfinite(nonfinite)
         schedule = Schedule(certify)
@@ -152,6 +165,9 @@ class PrivacyEngine(Preparation):
         if self.secure_mode and not poisson_sampling:
             secured(data_loader, self.secure_rng)  # for its error, before anything is wrapped
         check_arguments(**given)
+        check_units(data_loader, unit, records_per_unit, poisson_sampling, bool(kwargs.get("rand_on_empty")))
+        if unit is not None:
+            given["data_loader"] = of_units(data_loader, unit, records_per_unit)
         return self._private(**given, nonfinite=nonfinite, certify=schedule)
 
     def make_private_with_epsilon(

@@ -13,6 +13,7 @@ from opacus_fgc._compat.overrides import DisableTorchFunctionSubclass
 from opacus_fgc._compat.pytree import tree_map_only
 from opacus_fgc.argument_checks import check_loss_reduction
 from opacus_fgc.backward import Backward, double_backward
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.loss_arithmetic import Arithmetic
@@ -79,6 +80,7 @@ class DPTensorFastGradientClipping(Arithmetic, OpacusTensor, Tensor):
         loss_reduction: "mean" or "sum": what the number is.
         backward: how the clipped sum is computed.
         loss_scale: what the losses are multiplied with in `backward`; see `GradScaler`.
+        batch: which samples the rows of the batch are of; each row is one if None.
 
     Raises:
         ValueError: if there is not one value a sample, or the reduction has no meaning.
@@ -97,6 +99,7 @@ class DPTensorFastGradientClipping(Arithmetic, OpacusTensor, Tensor):
         loss_reduction: str = "mean",
         backward: Backward = double_backward,
         loss_scale: float = 1.0,
+        batch: Batch | None = None,
     ) -> DPTensorFastGradientClipping:
         """Makes the number that the loss is."""
         check_loss_reduction(loss_reduction)
@@ -120,10 +123,12 @@ class DPTensorFastGradientClipping(Arithmetic, OpacusTensor, Tensor):
         loss_reduction: str = "mean",
         backward: Backward = double_backward,
         loss_scale: float = 1.0,
+        batch: Batch | None = None,
     ) -> None:
         super().__init__(module, optimizer, loss_per_sample, loss_reduction)
         self._backward = backward
         self.loss_scale = loss_scale
+        self.batch = Batch(len(loss_per_sample)) if batch is None else batch
 
     @classmethod
     def __torch_function__(
@@ -205,6 +210,7 @@ class DPTensorFastGradientClipping(Arithmetic, OpacusTensor, Tensor):
                 )
             (self * float(gradient)).backward(retain_graph=retain_graph)
             return
+        self.module.record.batch = self.batch
         self._backward(self.module, self.loss_per_sample, self.loss_scale, bool(retain_graph))
 
     def __float__(self) -> float:
@@ -229,7 +235,13 @@ class DPTensorFastGradientClipping(Arithmetic, OpacusTensor, Tensor):
                 "losses with numbers, with one weight a sample, or with losses of the same samples"
             )
         return DPTensorFastGradientClipping(
-            self.module, self.optimizer, loss_per_sample, self.loss_reduction, self._backward, self.loss_scale
+            self.module,
+            self.optimizer,
+            loss_per_sample,
+            self.loss_reduction,
+            self._backward,
+            self.loss_scale,
+            self.batch,
         )
 
     def scaled(self, loss_scale: float) -> DPTensorFastGradientClipping:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from opacus_fgc import PrivacyEngine
 from opacus_fgc.certificates.backprops import draws_that_tell, weights
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.independence import replacements
 from opacus_fgc.certificates.model_state import ModelState, restored
 from opacus_fgc.certificates.samples import Replacement, batch_size, mapped
@@ -479,12 +480,12 @@ def test_views_that_follow_each_other_sample_by_sample_are_right(mode: str) -> N
 
 
 @dataclass
-class Batch:
+class Inputs:
     x: Tensor
 
 
 def of_dataclass(net: Net, x: Tensor) -> Any:
-    return net(Batch(x))
+    return net(Inputs(x))
 
 
 ENTRANCES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Any]]] = {
@@ -493,7 +494,7 @@ ENTRANCES: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Tensor], Any]]] 
     "tuple": (lambda batch: batch[0], lambda net, x: net((x, 3))),
     "dict": (lambda batch: batch["x"], lambda net, x: net({"x": x})),
     "mapping": (lambda batch: batch["x"], lambda net, x: net(UserDict(x=x))),
-    "dataclass": (lambda batch: batch.x, lambda net, x: net(Batch(x))),
+    "dataclass": (lambda batch: batch.x, lambda net, x: net(Inputs(x))),
     "list-of-samples": (torch.stack, lambda net, x: net(list(x))),
     "children": (lambda batch: batch, lambda net, x: net.head(net.body(x))),
     "method": (lambda batch: batch, lambda net, x: getattr(net, "_module", net).steps(x)),
@@ -692,7 +693,7 @@ def test_what_a_replacement_replaces() -> None:
         "positions": torch.arange(6),
         "names": ["a", "b", "c", "d"],
     }
-    replacement = Replacement(4, [1, 3], [0, 2], 0, factor=1024.0, every=False)
+    replacement = Replacement(Batch(4), [1, 3], [0, 2], 0, factor=1024.0, every=False)
     other = replacement(batch)
     kept = [0, 2]
     assert torch.equal(other["features"][kept], batch["features"][kept])
@@ -709,14 +710,15 @@ def test_a_replacement_keeps_the_strides(batch_first: bool) -> None:
     batch = torch.rand(4, 3, 2).transpose(0, 1)
     axis = 1 if batch_first else 0
     size = batch.shape[axis]
-    other = Replacement(size, [1], [0], axis, factor=1024.0)(batch)
+    other = Replacement(Batch(size), [1], [0], axis, factor=1024.0)(batch)
     assert not torch.equal(batch, other) and batch.stride() == other.stride()
 
 
 def test_where_features_are_not_enlarged_each_half_is_replaced() -> None:
     for size in range(2, 9):
         (first,), (second,) = (
-            tries[:1] for tries in replacements(size, 0, set(), {}, random.Random(size), enlarge=False, signs=(1, -1))
+            tries[:1]
+            for tries in replacements(Batch(size), 0, set(), {}, random.Random(size), enlarge=False, signs=(1, -1))
         )
         assert sorted(first.chosen + second.chosen) == list(range(size))
         for replacement in (first, second):

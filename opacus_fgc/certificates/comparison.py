@@ -12,7 +12,7 @@ from torch import Tensor
 from opacus_fgc.certificates.observations import Forward, Seen
 from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.certificates.samples import Replacement
-from opacus_fgc.certificates.sketch import differ, owners, rounded
+from opacus_fgc.certificates.sketch import differ, rounded
 
 _AT_ONCE = 2**22
 
@@ -79,7 +79,7 @@ class Comparison:
             wrong = [
                 _kept_rows_differ(a, b, replacement, one.samples, None if noise is None else noise[place][axis])
                 for axis, (a, b) in enumerate(zip(one.sketches, two.sketches, strict=True))
-                if one.key is not None or len(a) == replacement.size
+                if one.key is not None or len(a) == replacement.batch.rows
             ]
             if wrong and all(wrong):
                 result.append(one)
@@ -126,7 +126,7 @@ class Comparison:
                 continue
             for rows in one.sketches:
                 found = self.owned.get((one.key, one.call))
-                samples = owners(len(rows), replacement.size) if found is None else found.samples
+                samples = replacement.batch.owners(len(rows)) if found is None else found.samples
                 if samples is None or len(samples) != len(rows):
                     # Rows that no loss depends on, and what has no rows.
                     continue
@@ -160,7 +160,7 @@ def _are_among(rows: Tensor, others: Tensor, allowed: Tensor) -> bool:
 def _kept_rows_differ(
     first: Tensor, second: Tensor, replacement: Replacement, samples: Tensor | None, noise: Tensor | None
 ) -> bool:
-    expected = owners(len(first), replacement.size, samples)
+    expected = replacement.batch.owners(len(first), samples)
     if expected is None and len(first) != 1:
         # Nobody knows whose these rows are; backward refuses them.
         return False

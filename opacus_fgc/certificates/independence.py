@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.comparison import Comparison
 from opacus_fgc.certificates.observations import Forward, Run, Seen
 from opacus_fgc.certificates.ownership import Owned
@@ -15,7 +16,7 @@ from opacus_fgc.errors import PrivacyNotImplementedError
 
 
 def replacements(
-    size: int,
+    batch: Batch,
     axis: int,
     shared: set[str],
     owned: Mapping[str, Owned],
@@ -31,7 +32,7 @@ def replacements(
     A sign of 0 is for the other half, as it is.
 
     Args:
-        size: number of samples.
+        batch: which samples the rows of the batch are of.
         axis: the axis that counts them.
         shared: paths of inputs that are known to have no samples in them.
         owned: whose the rows of inputs are, by their paths, where these are not the samples in order.
@@ -39,6 +40,7 @@ def replacements(
         enlarge: whether features may be enlarged, so that what is an index then fails with an error, and does no more.
         signs: of the enlarged features; or which half.
     """
+    size = batch.size
     half = sorted(generator.sample(range(size), max(1, size // 2))) if size else []
     other = [place for place in range(size) if place not in half] or half
     # One and the same in the place of all, so that what is computed over the batch changes.
@@ -49,7 +51,7 @@ def replacements(
         chosen, source = (half, in_other) if first else (other, in_half)
         larger = ((sign * 1024.0, True), (sign * 1024.0, False)) if enlarge and sign else ()
         return [
-            Replacement(size, chosen, [source] * len(chosen), axis, factor, every, vectors, shared, owned)
+            Replacement(batch, chosen, [source] * len(chosen), axis, factor, every, vectors, shared, owned)
             for factor, every in (*larger, (1.0, False))
             for vectors in (True, False)
         ]
@@ -179,10 +181,11 @@ def _tried(run: Run, replacement: Replacement | None) -> tuple[Forward | None, s
 
 def _incomparable(first: Forward, other: Forward, replacement: Replacement, comparison: Comparison) -> str:
     """Why two forwards cannot be compared; nothing if they can."""
-    if not replacement.replaced and replacement.size:
+    if not replacement.replaced and replacement.batch.size:
         if replacement.opaque:
             return f"what is in {', '.join(sorted(replacement.opaque))} does not show"
-        return f"none of its inputs has a row for each of the {replacement.size} samples"
+        what = "samples" if replacement.batch.unit is None else "records"
+        return f"none of its inputs has a row for each of the {replacement.batch.rows} {what}"
     if comparison.structure(first) != comparison.structure(other):
         return "with samples replaced by others of the batch, other layers are called, or on other shapes"
     return ""

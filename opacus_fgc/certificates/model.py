@@ -13,6 +13,7 @@ from torch import Tensor
 
 from opacus_fgc.argument_checks import describe
 from opacus_fgc.certificates.backprops import Backprops, draws_that_tell, weights
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.comparison import Comparison
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.independence import check_independence, replacements
@@ -34,7 +35,7 @@ class Due(NamedTuple):
     """A certificate that is to be made.
 
     Attributes:
-        size: number of samples.
+        batch: which samples the rows of the batch are of.
         structure: what is equal for passes that it is for.
         moved: the indices by which rows move.
         is_whole: whether samples are replaced, too; else it says whose the rows are, and no more.
@@ -43,7 +44,7 @@ class Due(NamedTuple):
         draws: how many draws of loss weights are made.
     """
 
-    size: int
+    batch: Batch
     structure: Hashable
     moved: Hashable
     is_whole: bool
@@ -68,36 +69,37 @@ class CertifiedModel(TriedModel):
     def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
         raise NotImplementedError
 
-    def _due(self, size: int, reached: Reached, record: Record, expected: Collection[Any] = ()) -> Due | None:
+    def _due(self, batch: Batch, reached: Reached, record: Record, expected: Collection[Any] = ()) -> Due | None:
         """The certificate that a pass needs, on this rank or another one; None if it needs none.
 
         Args:
-            size: number of samples.
+            batch: which samples the rows of the batch are of.
             reached: what their losses depend on.
             record: the state of the step.
             expected: the calls whose rows have owners that are known; see `expected_owners`.
         """
-        structure = structure_of(size, reached, record.changed_buffers, self.certification.dealt_out)
+        size = batch.size
+        structure = structure_of(batch, reached, record.changed_buffers, self.certification.dealt_out)
         moved = arrangement(reached.moving, self.batch_first, {order.data_ptr() for order in record.orders})
         schedule, dealt_out = self.certification.schedule, self.certification.dealt_out
         whole, is_new = schedule.is_due(size, structure), schedule.is_new(structure)
         others = [call for call in reached.calls if call not in expected]
         unknown = bool(size) and (
             not schedule.is_in_order(structure, moved)
-            or any(call.samples is None and (call.layer in dealt_out or call.rows % size) for call in others)
+            or any(call.samples is None and (call.layer in dealt_out or call.rows % batch.rows) for call in others)
         )
         draws = draws_that_tell(size) if is_new or unknown else 1
         due, new, dealt, draws = self.layout.all_reduce_max([whole, is_new, unknown, draws])
-        return Due(size, structure, moved, bool(due), bool(new), bool(dealt), draws) if due or dealt else None
+        return Due(batch, structure, moved, bool(due), bool(new), bool(dealt), draws) if due or dealt else None
 
     def expected_owners(self, reached: Reached, record: Record) -> dict[Any, Owned]:
         """Whose the rows are of packed samples, by the criterion's arguments, in layers that were found to see these positions.
 
         Certificates prove it, as they do for rows that are the samples in order.
         """
-        if record.packed is None:
+        if record.batch is None or record.batch.packed is None:
             return {}
-        owned = Owned(record.packed.cpu(), True)
+        owned = Owned(record.batch.packed, True)
         return {call: owned for call in reached.calls if call.layer in self.certification.by_position}
 
     @contextmanager
@@ -132,7 +134,8 @@ class CertifiedModel(TriedModel):
         Raises:
             NotImplementedError: if they do not, or it cannot be told.
         """
-        size, choices = due.size, self._choices()
+        batch, choices = due.batch, self._choices()
+        size = batch.size
         idle: dict[Any, Owned] = {}
 
         def backward(weights: Tensor) -> Backprops:
@@ -142,7 +145,7 @@ class CertifiedModel(TriedModel):
             return backprops
 
         owned = find_owners(
-            size,
+            batch,
             due.draws,
             lambda count, exponents: weights(size, count, choices, exponents),
             backward,
@@ -154,7 +157,7 @@ class CertifiedModel(TriedModel):
             lambda key: self._tapped(key.layer).name,
             self.layout.on_all_ranks,
         )
-        error = order_error_of(owned, size, self.record.packed, lambda key: self._tapped(key.layer).name)
+        error = order_error_of(owned, batch, lambda key: self._tapped(key.layer).name)
         raise_on_all_ranks(error, self.layout.on_all_ranks)
         self.certification.dealt_out.update(call.layer for call in owned)
         if self.layout.on_all_ranks(not owned):
@@ -170,23 +173,23 @@ class CertifiedModel(TriedModel):
     def _check_independence(
         self, due: Due, reached: Reached, owned: Mapping[Any, Owned], idle: Mapping[Any, Owned]
     ) -> None:
-        size, choices = due.size, self._choices()
+        batch, choices = due.batch, self._choices()
         layers = {call.layer for call in reached.calls}
         by_position = any(found.by_position for found in owned.values())
         # A statistic of the batch may be compared with a number: both signs; samples may touch those behind them: both halves.
         signs = (1, -1, 0) if due.is_new else (choices.choice((1, -1)),)
         for entrance in entrances_of(reached):
             own = {(call.layer, call.number): found for call, found in owned.items() if call.entrance is entrance}
-            inputs = owned_inputs(entrance, own, size)
+            inputs = owned_inputs(entrance, own, batch)
             rows = {(call.layer, call.number): found for call, found in idle.items() if call.entrance is entrance} | own
             comparison = Comparison(layers.__contains__, self.certification.dealt_out, rows)
             # What was noted before it was known that positions are rows is of no use.
-            known = entrance.forward is not None and entrance.forward.size == size and not by_position
-            for tries in self._replacements(entrance, size, signs, inputs):
+            known = entrance.forward is not None and entrance.forward.size == batch.rows and not by_position
+            for tries in self._replacements(entrance, batch, signs, inputs):
                 check_independence(
                     describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
                     tries,
-                    partial(self._run_again, entrance, size),
+                    partial(self._run_again, entrance, batch.rows),
                     comparison,
                     self.layout.on_all_ranks,
                     entrance.forward if known else None,
@@ -207,12 +210,12 @@ class CertifiedModel(TriedModel):
         return describe(paths[entrance.module], entrance.module)
 
     def _replacements(
-        self, entrance: Entrance, size: int, signs: Sequence[int], owned: Mapping[str, Owned]
+        self, entrance: Entrance, batch: Batch, signs: Sequence[int], owned: Mapping[str, Owned]
     ) -> list[list[Replacement]]:
         shared = self._facts.shared_inputs.setdefault(entrance.module, set())
         # On other devices an index out of range is an error that nothing recovers from.
         enlarge = all(tensor.device.type == "cpu" for tensor in tensors_of(entrance.inputs))
-        return replacements(size, 0 if self.batch_first else 1, shared, owned, self._choices(), enlarge, signs)
+        return replacements(batch, 0 if self.batch_first else 1, shared, owned, self._choices(), enlarge, signs)
 
     def _run_again(
         self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None

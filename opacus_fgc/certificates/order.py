@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.certificates.ownership_errors import order_error, packed_error
@@ -19,43 +20,46 @@ def entrances_of(reached: Reached) -> list[Entrance]:
     return list(dict.fromkeys(call.entrance for call in reached.calls if call.entrance is not None))
 
 
-def structure_of(size: int, reached: Reached, changed_buffers: Collection[str], dealt_out: Collection[Any]) -> Hashable:
+def structure_of(
+    batch: Batch, reached: Reached, changed_buffers: Collection[str], dealt_out: Collection[Any]
+) -> Hashable:
     """What is equal for passes that one certificate is for.
 
     Args:
-        size: number of samples.
+        batch: which samples the rows of the batch are of.
         reached: what their losses depend on.
         changed_buffers: the buffers that forward changed.
         dealt_out: the layers whose rows are not the samples in order, of which each pass says whose they are.
     """
     layers = {
-        (call.layer, call.rows == size, call.samples is None) for call in reached.calls if call.layer not in dealt_out
+        (call.layer, call.rows == batch.rows, call.samples is None)
+        for call in reached.calls
+        if call.layer not in dealt_out
     }
     modes = {(entrance.module, entrance.modes) for entrance in entrances_of(reached)}
-    return size > 1, frozenset(layers), frozenset(modes), frozenset(changed_buffers)
+    return batch.size > 1, frozenset(layers), frozenset(modes), frozenset(changed_buffers)
 
 
-def order_error_of(
-    owned: Mapping[Any, Owned], size: int, packed: Tensor | None, describe: Callable[[Any], str]
-) -> Exception | None:
+def order_error_of(owned: Mapping[Any, Owned], batch: Batch, describe: Callable[[Any], str]) -> Exception | None:
     """What is wrong with a layer that is called on the batch as it is, and whose rows belong to the losses of others.
 
     Args:
         owned: whose the rows of calls are, by `Call.key`.
-        size: number of samples.
-        packed: see `Record.packed`.
+        batch: which samples the rows of the batch are of.
         describe: what to call a call's layer in errors.
     """
     for call, found in owned.items():
         samples = found.samples
-        if packed is not None and found.by_position:
-            expected = packed.cpu()
+        if batch.packed is not None and found.by_position:
+            expected = batch.packed
             if len(expected) != len(samples) or (samples >= 0)[samples != expected].any():
                 return packed_error(describe(call))
         on_batch = call.entrance is not None and (call.layer, call.number) in call.entrance.rows.values()
-        row = next((row for row, sample in enumerate(samples.tolist()) if sample not in (-1, row)), None)
-        if on_batch and len(samples) == size and row is not None:
-            return order_error(describe(call), row, int(samples[row]))
+        if on_batch and len(samples) == batch.rows:
+            own = batch.owners(batch.rows)
+            wrong = [] if own is None else ((samples >= 0) & (samples != own)).nonzero().flatten().tolist()
+            if wrong:
+                return order_error(describe(call), wrong[0], int(samples[wrong[0]]), batch.unit is not None)
     return None
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.certificates.samples import tensors_by_path
 
 
-def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], size: int) -> dict[str, Owned]:
+def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], batch: Batch) -> dict[str, Owned]:
     """The owners of the rows of inputs, by their paths: of those that a layer was called on, and of packed ones.
 
     They are replaced to see whether samples touch each other. Were they not the owners, rows of samples that stay would change.
@@ -21,12 +22,12 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], siz
     Args:
         entrance: the call of the model.
         owned: whose the rows of the layers' calls in it are, by layer and number of the call.
-        size: number of samples.
+        batch: which samples the rows of the batch are of.
     """
     in_order = {
         call: found
         for call, found in owned.items()
-        if not found.by_position and len(found.samples) != size and found.is_in_order(size)
+        if not found.by_position and len(found.samples) != batch.rows and found.is_in_order(batch.size)
     }
     # Others have as many rows as a layer that was called on what comes of them.
     by_rows = {len(found.samples): found for found in in_order.values()}

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from opacus_fgc.certificates.backprops import EXPONENTS, FEW_EXPONENTS, Backprops, Output, draws_that_tell
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.noise import Noise, is_beyond, noise_of
 from opacus_fgc.certificates.ownership_errors import owner_error
-from opacus_fgc.certificates.sketch import REPEATS, differ, owners, raise_on_all_ranks
+from opacus_fgc.certificates.sketch import REPEATS, differ, raise_on_all_ranks
 
 Pass = Callable[[Tensor], Backprops]
 """A backward pass to the taps under loss weights, shape ``(N,)``."""
@@ -93,7 +94,7 @@ class _Evidence(NamedTuple):
 
 
 def find_owners(
-    size: int,
+    batch: Batch,
     count: int,
     draw: Callable[[int, Sequence[int]], list[Tensor]],
     run: Pass,
@@ -108,7 +109,7 @@ def find_owners(
     """Proves that each row that a tap sees belongs to one sample, and finds out to which where it is not the one in its place.
 
     Args:
-        size: number of samples.
+        batch: which samples the rows of the batch are of.
         count: how many draws of weights to begin with.
         draw: gives so many weights with some exponents; see `backprops.weights`.
         run: runs a backward pass.
@@ -127,7 +128,7 @@ def find_owners(
         NotImplementedError: if a row belongs to several samples, or has a gradient that is not linear in the loss.
         ValueError: if there are more losses than rows.
     """
-    ones = torch.ones(size, dtype=torch.float64, device="cpu")
+    ones = torch.ones(batch.size, dtype=torch.float64, device="cpu")
 
     def evidence(count: int, plain: Backprops | None) -> _Evidence:
         plain = run(ones) if plain is None else plain
@@ -135,14 +136,14 @@ def find_owners(
         return _Evidence(draws, plain, [run(weights) for weights in draws], lost=lost)
 
     first = evidence(count, plain)
-    owned, left = _found(size, first, by_position, idle)
+    owned, left = _found(batch, first, by_position, idle)
     if on_all_ranks(not left):
         return owned
     # Perhaps positions are rows, or the weights did not tell all samples apart.
     several_axes = {key.call.layer for key, _ in left if packed and first.plain.dims[key] > 2} - by_position
     by_position |= several_axes
-    second = evidence(draws_that_tell(size), None)
-    owned, still_left = _found(size, second, by_position, idle)
+    second = evidence(draws_that_tell(batch.size), None)
+    owned, still_left = _found(batch, second, by_position, idle)
     if on_all_ranks(not still_left):
         return owned
     by_position -= several_axes
@@ -152,23 +153,23 @@ def find_owners(
         noise_of(one, [run(weights) for _ in range(REPEATS)])
         for one, weights in zip(first.weighted, first.draws, strict=True)
     ]
-    owned, left = _found(size, first._replace(noises=(noise, noises)), by_position, idle)
+    owned, left = _found(batch, first._replace(noises=(noise, noises)), by_position, idle)
     eights = run(8 * ones)
     error = None
     if left:
         key, row = left[0]
-        error = owner_error(size, first.plain, eights, noise, key, row, describe(key.call))
+        error = owner_error(batch.size, first.plain, eights, noise, key, row, describe(key.call))
     raise_on_all_ranks(error, on_all_ranks)
     return owned
 
 
 def _found(
-    size: int, evidence: _Evidence, by_position: set[Any], idle: dict[Any, Owned]
+    batch: Batch, evidence: _Evidence, by_position: set[Any], idle: dict[Any, Owned]
 ) -> tuple[dict[Any, Owned], list[tuple[Output, int]]]:
     """The owners of the rows of calls whose rows are not the samples in order; and outputs of which a row has not one owner."""
     found: dict[Any, Owned] = {}
     left: list[tuple[Output, int]] = []
-    out_of_order = {key for key, of_ones in evidence.plain.sketches.items() if not _is_in_order(size, evidence, key)}
+    out_of_order = {key for key, of_ones in evidence.plain.sketches.items() if not _is_in_order(batch, evidence, key)}
     # What passes for rows in order may be rows without a gradient.
     layers = {key.call.layer for key in out_of_order}
     for key in evidence.plain.sketches:
@@ -178,7 +179,7 @@ def _found(
             if key in out_of_order:
                 left.append((key, 0))
             elif key.call.samples is None and (nothing := evidence.without_gradient(key)).any():
-                expected = owners(len(nothing), size)
+                expected = batch.owners(len(nothing))
                 assert expected is not None
                 idle[key.call] = Owned(torch.where(nothing, torch.full_like(expected, -1), expected), False)
             continue
@@ -194,9 +195,9 @@ def _found(
     return _with_last_positions(found), left
 
 
-def _is_in_order(size: int, evidence: _Evidence, key: Output) -> bool:
+def _is_in_order(batch: Batch, evidence: _Evidence, key: Output) -> bool:
     """Whether the rows of an output are the samples in order, as many for each, or as packed samples are known to be."""
-    expected = owners(len(evidence.plain.sketches[key]), size, key.call.samples)
+    expected = batch.owners(len(evidence.plain.sketches[key]), key.call.samples)
     return expected is not None and not evidence.differs(key, expected).any()
 
 

@@ -50,14 +50,22 @@ def owner_error(
     )
 
 
-def order_error(layer: str, row: int, sample: int) -> Exception:
+def order_error(layer: str, row: int, sample: int, of_units: bool) -> Exception:
     """The error for rows of the batch that belong to the losses of other samples.
 
     Args:
         layer: what to call the layer that was called on them.
         row: one of them.
         sample: the sample whose loss it belongs to.
+        of_units: whether samples are units of several records.
     """
+    if of_units:
+        return PrivacyNotImplementedError(
+            f"{layer}: its rows are not records, in the order of the criterion's argument unit: row {row} belongs to the loss of "
+            f"another unit (the {sample + 1}. of the batch). Something sorts, selects or shifts records before or after this "
+            "layer. Keep rows, losses and unit in the order of the batch; where a collate function sorts records, have it sort "
+            "their units as well"
+        )
     return PrivacyNotImplementedError(
         f"{layer}: its rows are not samples, in the order of their losses: row {row} belongs to the loss of sample {sample}. "
         "Something selects, regroups, sorts or shifts samples before or after this layer. Keep rows and losses in the "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.ownership import Owned
 
 _PLAIN = (
@@ -116,7 +117,7 @@ class Replacement:
     other kernels then.
 
     Attributes:
-        size: number of samples in the batch.
+        batch: which samples the rows of the batch are of.
         chosen: those that are replaced.
         sources: for each of them another sample.
         axis: the axis of tensors that counts samples.
@@ -132,7 +133,7 @@ class Replacement:
         replaced: the paths of what was replaced.
     """
 
-    size: int
+    batch: Batch
     chosen: list[int]
     sources: list[int]
     axis: int
@@ -172,34 +173,37 @@ class Replacement:
     def _of_tensor(self, path: str, value: Tensor, one_row: bool) -> Any:
         if path in self.owned:
             return self._of_owned(path, value, self.owned[path])
-        if value.dim() <= self.axis or not value.shape[self.axis] or not self.size:
+        if value.dim() <= self.axis or not value.shape[self.axis] or not self.batch.rows:
             return UNCHANGED
-        several, left = divmod(value.shape[self.axis], self.size)
-        if left:
+        samples = self.batch.owners(value.shape[self.axis])
+        if samples is None:
             self.shared.add(path)
-        if path in self.shared or (several == 1) is not one_row:
+        if samples is None or path in self.shared or (len(samples) == self.batch.rows) is not one_row:
             return UNCHANGED
-        places = [place * several + row for place in self.chosen for row in range(several)]
-        others = [place * several + row for place in self.sources for row in range(several)]
-        return self._with_rows(path, value, self.axis, places, others)
+        return self._with_rows(path, value, self.axis, *self._exchanged(samples))
 
     def _of_owned(self, path: str, value: Tensor, owned: Owned) -> Any:
-        """The rows of each chosen sample get those of another one, over and over if that has less of them."""
         rows = value.flatten(0, 1) if owned.by_position else value
         axis = 0 if owned.by_position else self.axis
         if rows.shape[axis] != len(owned.samples):
             return UNCHANGED
-        places, others = [], []
-        for sample, source in zip(self.chosen, self.sources, strict=True):
-            own, new = ((owned.samples == one).nonzero().flatten().tolist() for one in (sample, source))
-            places += own
-            others += [(new or own)[place % len(new or own)] for place in range(len(own))]
+        places, others = self._exchanged(owned.samples)
         if not places:
             # What has no gradient is of no consequence.
             self.replaced.add(path)
             return UNCHANGED
         new = self._with_rows(path, rows, axis, places, others)
         return new if new is UNCHANGED else new.detach().reshape(value.shape).requires_grad_(value.requires_grad)
+
+    def _exchanged(self, samples: Tensor) -> tuple[list[int], list[int]]:
+        """The rows of the chosen samples, and for each of them one of another sample, over and over if that has less."""
+        places: list[int] = []
+        others: list[int] = []
+        for sample, source in zip(self.chosen, self.sources, strict=True):
+            own, new = ((samples == one).nonzero().flatten().tolist() for one in (sample, source))
+            places += own
+            others += [(new or own)[place % len(new or own)] for place in range(len(own))]
+        return places, others
 
     def _with_rows(self, path: str, value: Tensor, axis: int, places: list[int], others: list[int]) -> Any:
         at, source = (torch.tensor(rows, device=value.device) for rows in (places, others))
@@ -233,7 +237,7 @@ class Replacement:
         for size in packed.batch_sizes.tolist():
             here = samples[:size].tolist()
             for place, sample in enumerate(here):
-                if sample in self.chosen:
+                if (sample if self.batch.unit is None else int(self.batch.unit[sample])) in self.chosen:
                     places.append(start + place)
                     others.append(start + (place + 1) % size)
             start += size
@@ -245,19 +249,21 @@ class Replacement:
         if path in ("", "[0]"):
             # The arguments themselves.
             return UNCHANGED
-        if len(values) != self.size or hasattr(values, "_fields") or path in self.shared:
+        if len(values) != self.batch.rows or hasattr(values, "_fields") or path in self.shared:
             return UNCHANGED
+        samples = self.batch.owners(len(values))
+        assert samples is not None
         if all(isinstance(value, (bool, int, float, str, bytes)) for value in values):
             if all(isinstance(value, bool) for value in values):
                 return UNCHANGED
             new = list(values)
-            for place, source in zip(self.chosen, self.sources, strict=True):
-                new[place] = values[source]
+            for place, other in zip(*self._exchanged(samples), strict=True):
+                new[place] = values[other]
         elif all(isinstance(value, Tensor) for value in values):
-            if any(value.dim() > self.axis and value.shape[self.axis] == self.size for value in values):
+            if any(value.dim() > self.axis and value.shape[self.axis] == self.batch.rows for value in values):
                 return UNCHANGED
             new = list(values)
-            for place in self.chosen:
+            for place in self._exchanged(samples)[0]:
                 new[place] = _other_than(values[place], self.factor)
         else:
             return UNCHANGED

@@ -73,21 +73,6 @@ def differ(first: Tensor, second: Tensor) -> Tensor:
     return ~((first == second) | (first.isnan() & second.isnan())).all(1)
 
 
-def owners(rows: int, size: int, samples: Tensor | None = None) -> Tensor | None:
-    """Which sample each row is taken to belong to; None if there is no saying.
-
-    Args:
-        rows: how many rows there are.
-        size: how many samples.
-        samples: the samples of the first rows, where they are known.
-    """
-    if samples is not None:
-        return samples[:rows].cpu()
-    if size == 0 or rows % size:
-        return None
-    return torch.arange(size, device="cpu").repeat_interleave(rows // size)
-
-
 def raise_on_all_ranks(error: Exception | None, on_all_ranks: Callable[[bool], bool]) -> None:
     """Raises an error, or another one if there is one on another rank."""
     if on_all_ranks(error is None):

@@ -175,6 +175,20 @@ def _by_sample(losses: Tensor, counts: Tensor, within: str, shape: Sequence[int]
     return sums / torch.where(counted == 0, torch.ones_like(counted), counted)
 
 
+def by_unit(losses: Tensor, numbers: Tensor, within: str) -> Tensor:
+    """One loss a unit: the mean or sum of those of its records.
+
+    Args:
+        losses: one loss a record, shape ``(N,)``.
+        numbers: the unit of each record, from 0 on.
+        within: "mean" or "sum".
+    """
+    numbers = numbers.to(losses.device)
+    counts = torch.bincount(numbers)
+    sums = losses.new_zeros(len(counts)).index_add(0, numbers, losses)
+    return sums / counts.to(losses.dtype) if within == "mean" else sums
+
+
 _NO_NUMBER = torch.zeros(2, device="cpu")
 
 

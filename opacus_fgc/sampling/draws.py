@@ -130,7 +130,8 @@ class Draws(Batches):
             raise PrivacyValueError(
                 f"this step is on {samples} samples, but {_has(sizes)}. Under Poisson sampling each step is accounted as one "
                 "such batch, in which each sample is once. Call backward() on the whole batch, and step(); "
-                "BatchMemoryManager of opacus.utils.batch_memory_manager splits large ones (do not skip a part of one). "
+                "BatchMemoryManager of opacus.utils.batch_memory_manager splits large ones (do not skip a part of one). Where "
+                "samples are units of several records, give the criterion the unit of each. "
                 "Generated or public samples beside those of the batch: as many as there are, with their losses added, "
                 "criterion(a, y) + criterion(b, z)"
             )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from opacus_fgc._compat.overrides import DisableTorchFunctionSubclass
 from opacus_fgc._compat.pytree import tree_leaves
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.planner import NOTHING
@@ -116,7 +117,8 @@ class ByHand(WeightedPass):
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )
         reached = self.trained.check(losses, self._facts.anchor, record.brought)
-        due = self._due(len(losses), reached, record)
+        batch = Batch(len(losses))
+        due = self._due(batch, reached, record)
         if due is not None:
             owned = self.certify(due, losses, reached, 1.0)
             if owned:
@@ -126,7 +128,7 @@ class ByHand(WeightedPass):
                     "DPLossFastGradientClipping, in the place of two passes by hand"
                 )
             self.record = record.again()
-            self.record.samples_in_loss = len(losses)
+            self.record.batch = batch
             with self.hooks_set(True), self._nothing_left_of_errors():
                 self._pass_to_taps(self.record, losses, NOTHING, retain_graph=True)
                 again = self.get_norm_sample()

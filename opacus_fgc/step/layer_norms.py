@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opacus_fgc._compat.opacus import set_norm_sample
 from opacus_fgc.argument_checks import check_forms, check_loss_reduction
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.model import CertifiedModel
 from opacus_fgc.distributed.norms import mark
 from opacus_fgc.distributed.shards import View, view
@@ -91,8 +92,9 @@ class LayerNorms(CertifiedModel):
                 )
                 uses = seen.uses
                 self._mark(layer, uses)
-                if self.record.samples_in_loss and self._are_dealt_out(uses):
-                    forms = self._forms_by_owner(seen, layer)
+                batch = self.record.batch
+                if batch is not None and batch.size and self._are_dealt_out(uses, batch):
+                    forms = self._forms_by_owner(seen, layer, batch)
                 else:
                     forms = self._forms(seen, layer)
                 measured = self.record.receive(forms, uses)
@@ -127,9 +129,9 @@ class LayerNorms(CertifiedModel):
             if param.requires_grad and param in own
         }
 
-    def _forms_by_owner(self, seen: View, layer: Tapped) -> Forms:
+    def _forms_by_owner(self, seen: View, layer: Tapped, batch: Batch) -> Forms:
         """The forms where rows are not the samples in order."""
-        groups = dealt_out(seen.uses, self.record.owned, self.record.samples_in_loss or 0)
+        groups = dealt_out(seen.uses, self.record.owned, batch)
         several = [
             {param: group.form_of(form) for param, form in self._forms(seen._replace(uses=group.uses), layer).items()}
             for group in groups
@@ -139,11 +141,11 @@ class LayerNorms(CertifiedModel):
         places = [group.samples for group in groups]
         return {param: Grouped([forms[param] for forms in several], places) for param in several[0]}
 
-    def _are_dealt_out(self, uses: Sequence[Use]) -> bool:
+    def _are_dealt_out(self, uses: Sequence[Use], batch: Batch) -> bool:
         """Whether rows are not the samples in order, or not as many for each use of an operation; none are of an idle expert."""
         rows = {use.call.key.rows for use in uses}
         several = len(rows) > 1 and isinstance(uses[0].call.fingerprint, Op)
-        return several or 0 in rows or any(use.call.key in self.record.owned for use in uses)
+        return several or 0 in rows or not batch.is_regular or any(use.call.key in self.record.owned for use in uses)
 
     def _as_configured(self, form: PerSampleGradient) -> PerSampleGradient:
         materialize = not self.use_ghost_clipping and not isinstance(form, NormOnly)

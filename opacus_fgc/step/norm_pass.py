@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc._compat.opacus import norm_sample, set_norm_sample
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.distributed.agreement import check_samples
 from opacus_fgc.distributed.norms import reduce_norms
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
@@ -104,9 +105,10 @@ class NormPass(LayerNorms):
         record = self._open_record()
         check_samples(self.layout, loss_per_sample, record.inputs)
         with self._nothing_left_of_errors():
-            record.samples_in_loss = len(loss_per_sample)
+            if record.batch is None or record.batch.size != len(loss_per_sample):
+                record.batch = Batch(len(loss_per_sample))
             expected = self.expected_owners(reached, record)
-            due = self._due(len(loss_per_sample), reached, record, expected)
+            due = self._due(record.batch, reached, record, expected)
             # The pass that all is kept of gives the graph up, which the certificate needs.
             if due is not None and (due.comes_first or keep.everything):
                 record.owned = self.certify(due, loss_per_sample, reached, loss_scale)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.certificates.ownership_errors import PADDING, TOKENS
 from opacus_fgc.distributed.mesh import local
@@ -36,7 +37,7 @@ class Record:
         budget: what may be kept for `sums`.
         batch_size: number of samples, None before the first backprop.
         batch_size_seen: number of samples that the model was called on, as its inputs show it; None where they do not.
-        samples_in_loss: number of samples that there is a loss of; None where the losses are not known.
+        batch: which samples its rows are of; None where the losses are not known.
         inputs: what `distributed.agreement.fingerprint` gave for what the model was called on, added up over its calls.
         marks: by parameter, numbers that tell what its layer was called on, likewise.
         orders: indices that sort the samples of packed sequences, or put them back.
@@ -47,7 +48,6 @@ class Record:
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
         owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
-        packed: which sample each position of a single row is of, by the criterion's arguments, shape ``(T,)``.
         in_half: whether a layer computed in half precision, or under autocast.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
@@ -60,7 +60,7 @@ class Record:
         self.budget = KeepBudget()
         self.batch_size: int | None = None
         self.batch_size_seen: int | None = None
-        self.samples_in_loss: int | None = None
+        self.batch: Batch | None = None
         self.inputs: Tensor | None = None
         self.marks: dict[Any, Tensor] = {}
         self.orders: list[Tensor] = []
@@ -71,7 +71,6 @@ class Record:
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
         self.owned: Mapping[Any, Owned] = {}
-        self.packed: Tensor | None = None
         self.in_half = False
         self.looking = False
         self.first_not_finite = ""
@@ -85,9 +84,9 @@ class Record:
         """A record of one more backward pass of the same forward."""
         other = Record(self.loss_reduction, Phase.FORWARD)
         other.loss_scale = self.loss_scale
-        other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
+        other.batch_size_seen, other.batch = self.batch_size_seen, self.batch
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
-        other.owned, other.packed = self.owned, self.packed
+        other.owned = self.owned
         other.uses.expected, other.step, other.brought = self.uses.expected, self.step, self.brought
         return other
 
@@ -143,10 +142,11 @@ class Record:
         held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
         held += sum(local(param).numel() for param in forms)
         room = self.budget.room(held, len(uses), spared=not self.unkept)
+        samples = None if self.batch is None else self.batch.size
         for param, form in forms.items():
-            form = _by_sample(form, self.batch_size_seen if self.samples_in_loss is None else self.samples_in_loss)
+            form = _by_sample(form, self.batch_size_seen if samples is None else samples)
             if self.batch_size is None:
-                self.batch_size = form.batch_size if self.samples_in_loss is None else self.samples_in_loss
+                self.batch_size = form.batch_size if samples is None else samples
             if form.batch_size != self.batch_size:
                 raise _size_error(form.batch_size, self.batch_size)
             if param in self._norms:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.ownership import Owned
-from opacus_fgc.certificates.sketch import owners
 from opacus_fgc.errors import PrivacyNotImplementedError
 from opacus_fgc.per_sample import PerSampleGradient
 from opacus_fgc.taps.operation_samplers import Op
@@ -59,13 +59,13 @@ class Dealt(NamedTuple):
         return form.sum_over_uses(self.rows) if several else form
 
 
-def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> list[Dealt]:
+def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], batch: Batch) -> list[Dealt]:
     """Uses of a layer whose rows are dealt out to the samples, in groups of samples with about as many rows.
 
     Args:
         uses: all uses of the layer in a backward pass.
         owned: the owners of the rows of some calls, by `Call.key`; those of the others are the samples in order.
-        size: number of samples.
+        batch: which samples the rows of the batch are of.
 
     Returns:
         The groups; together they have each sample once.
@@ -74,11 +74,12 @@ def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], size: int) -> lis
         NotImplementedError: if rows of such a layer cannot be taken apart.
     """
     groups: dict[Any, _Group] = {}
+    size = batch.size
     for call, backprops in uses:
         found = owned.get(call.key)
         rows = backprops[0].shape[call.batch_axis]
-        samples = owners(rows, size) if found is None else found.samples
-        if samples is None or call.key.samples is not None:
+        samples = batch.owners(rows, call.key.samples) if found is None else found.samples
+        if samples is None or (call.key.samples is not None and batch.unit is None):
             raise PrivacyNotImplementedError(
                 f"it was called on rows of the samples in an order of their own, and on {rows} rows for {size} samples besides. "
                 "Call another layer for one of them"
@@ -202,7 +203,7 @@ def _padded(group: _Group, chosen: Tensor, size: int, most: int) -> Use:
     activations = [of_chosen(parts, absent) for parts in zip(*group.activations, strict=True)]
     backprops = tuple(of_chosen(parts, padding) for parts in zip(*group.backprops, strict=True))
     dealt = call.with_activations(activations)
-    dealt.batch_axis, dealt.rows_of_a_sample = 0, most
+    dealt.batch_axis, dealt.places, dealt.rows_of_a_sample = 0, None, most
     if isinstance(call.fingerprint, Tensor):
         dealt.fingerprint = of_chosen([call.fingerprint.mT], absent).mT
     elif isinstance(call.fingerprint, Op) and call.fingerprint.norms is not None:

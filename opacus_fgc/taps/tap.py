@@ -33,10 +33,20 @@ class Call:
         batch_axis: the axis of inputs and outputs that counts samples.
         fingerprint: what the layer's sampler noted about the output during forward.
         autocast: whether the forward ran under autocast, and in which dtype.
+        places: the places of the rows in the batch, where they are some of it in another order; else None.
         rows_of_a_sample: how many rows each sample has, one after another.
     """
 
-    __slots__ = ("_pending", "activations", "autocast", "batch_axis", "fingerprint", "outputs", "rows_of_a_sample")
+    __slots__ = (
+        "_pending",
+        "activations",
+        "autocast",
+        "batch_axis",
+        "fingerprint",
+        "outputs",
+        "places",
+        "rows_of_a_sample",
+    )
 
     def __init__(self, pending: _Pending, activations: list[Tensor]) -> None:
         self._pending = pending
@@ -45,6 +55,7 @@ class Call:
         self.batch_axis = pending.batch_axis
         self.fingerprint = pending.fingerprint
         self.autocast = pending.autocast
+        self.places = pending.samples
         self.rows_of_a_sample = 1
 
     @property
@@ -74,10 +85,9 @@ class Call:
 
     def by_sample(self, rows: Tensor) -> Tensor:
         """Puts rows of this call in the places of their samples, and 0 for samples that have none in it."""
-        samples = self._pending.samples
-        if samples is None:
+        if self.places is None:
             return rows
-        return rows.new_zeros(len(samples), *rows.shape[1:]).index_copy(0, samples[: len(rows)], rows)
+        return rows.new_zeros(len(self.places), *rows.shape[1:]).index_copy(0, self.places[: len(rows)], rows)
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments of the call."""
