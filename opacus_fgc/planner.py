@@ -153,6 +153,20 @@ def cheapest(options: Mapping[NormMethod, float]) -> NormMethod:
     return min(options, key=options.__getitem__)
 
 
+# A product of one sample takes longer than its arithmetic. So many on a CPU take less time than padding them all.
+_FEW_RUNS, _LONG_RUN = 64, 64
+
+
+def runs_pay(samples: int, rows: int) -> bool:
+    """Whether samples with different numbers of rows are better worked on one by one than padded (measured on CPUs).
+
+    Args:
+        samples: number of samples.
+        rows: number of their rows, of all together.
+    """
+    return samples <= _FEW_RUNS or rows >= _LONG_RUN * samples
+
+
 def slices(count: int, elements: int) -> Iterator[slice]:
     """Divides samples into slices whose temporaries stay within `Memory.temporary`.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -61,6 +62,33 @@ FORMS = {
     "rows-1": lambda: rows(1),
     "rows-0": lambda: rows(0),
     "sum": lambda: Sum([outer(3), rows(4), Dense(torch.randn(N, *SHAPE))]),
+}
+COUNTS, OTHER_COUNTS = torch.tensor([2, 0, 7, 3]), torch.tensor([0, 1, 1, 6])  # rows of each sample
+
+
+def runs(make: Callable[[int], PerSampleGradient], counts: torch.Tensor = COUNTS) -> per_sample.Ragged:
+    """Sums over runs of rows; ``make`` gives the form of so many rows."""
+    summed = per_sample.sum_over_runs(make(int(counts.sum())), counts)
+    assert isinstance(summed, per_sample.Ragged)
+    return summed
+
+
+def outer_rows(count: int, positions: int = 1) -> Outer:
+    return Outer(torch.randn(count, positions, ROWS), torch.randn(count, positions, COLUMNS), SHAPE)
+
+
+def table_rows(count: int) -> Rows:
+    return Rows(torch.randint(ROWS, (count, 1)), torch.randn(count, 1, COLUMNS), SHAPE)
+
+
+FORMS |= {
+    "runs-of-outer": lambda: runs(outer_rows),
+    "runs-of-outer-long": lambda: runs(outer_rows, torch.tensor([1, 300, 0, 40])),
+    "runs-of-outer-positions": lambda: runs(lambda count: outer_rows(count, 3)),
+    "runs-of-rows": lambda: runs(table_rows),
+    "runs-of-diagonals": lambda: runs(lambda count: Diagonal(torch.randn(count, COLUMNS))),
+    "runs-of-two": lambda: per_sample.add([runs(outer_rows), runs(outer_rows, OTHER_COUNTS)]),
+    "runs-of-two-types": lambda: per_sample.add([runs(outer_rows), runs(table_rows)]),
 }
 PAIRS = [pair for pair in itertools.product(FORMS, FORMS) if "outer-grouped" not in pair and "sum" not in pair]
 
@@ -127,6 +155,24 @@ def test_forms_of_one_type_become_one() -> None:
 def test_sum_over_uses(form: PerSampleGradient, uses: int) -> None:
     expected = form.materialize().unflatten(0, (-1, uses)).sum(1)
     torch.testing.assert_close(form.sum_over_uses(uses).materialize(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_of_tiny_and_of_cancelling_rows(dtype: torch.dtype) -> None:
+    """What vanishes in a Gram matrix, and what is left of terms that cancel, is found by the gradients."""
+    left, right = torch.randn(12, 1, ROWS), torch.randn(12, 1, COLUMNS)
+    left[:2] *= 1e-25
+    right[:2] *= 1e20
+    left[6:8], right[6:8] = -left[4:6] * (1 + 1e-3), right[4:6]
+    counts = torch.tensor([2, 0, 2, 4, 4])
+    form = per_sample.sum_over_runs(Outer(left.to(dtype), right.to(dtype), SHAPE), counts)
+    products = left.to(dtype)[:, 0, :, None].double() * right.to(dtype)[:, 0, None].double()
+    exact = torch.stack([part.sum(0).norm() for part in products.split(counts.tolist())])
+    norms = form.norm()
+    assert norms.dtype is torch.float32
+    # Never below; above by what rounding may have added to terms of which a thousandth is left.
+    assert (norms.double() >= (1 - 1e-6) * exact).all()
+    torch.testing.assert_close(norms.double(), exact, rtol=2e-3, atol=0.0)
 
 
 def test_a_new_form_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def _refuse_mixing(layer: nn.Embedding | nn.EmbeddingBag) -> None:
         )
 
 
-@register_norm_sampler(nn.Embedding)
+@register_norm_sampler(nn.Embedding, by_row=True)
 def embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Tensor) -> Forms:
     """Each token adds its backprop to its row; the padding row has no gradient."""
     _refuse_mixing(layer)

@@ -20,7 +20,7 @@ def as_positions(tensor: Tensor) -> Tensor:
     return tensor.reshape(shape[0], 1, math.prod(shape[1:-1]), shape[-1])
 
 
-@register_norm_sampler([nn.Linear, RNNLinear])
+@register_norm_sampler([nn.Linear, RNNLinear], by_row=True)
 def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Forms:
     """``y = x W^T + b`` on the last axis of ``(N, in)`` or ``(N, *, in)``."""
     left = as_positions(backprops)
@@ -30,7 +30,7 @@ def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Fo
     return forms
 
 
-@register_norm_sampler("transformers.pytorch_utils.Conv1D")
+@register_norm_sampler("transformers.pytorch_utils.Conv1D", by_row=True)
 def matrix(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
     """``y = x W + b``, likewise: the linear layer of GPT-2 in Hugging Face's transformers."""
     right = as_positions(backprops)

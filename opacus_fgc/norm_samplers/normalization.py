@@ -40,7 +40,7 @@ def _of_last_axes(layer: Any, normalized: Tensor, backprops: Tensor) -> Forms:
     return _scale_and_shift(layer, normalized.reshape(shape), at_least_float32(backprops).reshape(shape), 1)
 
 
-@register_norm_sampler(nn.LayerNorm)
+@register_norm_sampler(nn.LayerNorm, by_row=True)
 def layer_norm(layer: nn.LayerNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
     """Normalizes the last axes of ``(N, *, *normalized_shape)``."""
     normalized = F.layer_norm(at_least_float32(activations[0]), layer.normalized_shape, eps=layer.eps)
@@ -57,7 +57,7 @@ def _default_eps(dtype: torch.dtype, device: torch.device) -> float:
     return own if normalized < 0.9 else min(own, torch.finfo(torch.float32).eps)
 
 
-@register_norm_sampler(nn.RMSNorm)
+@register_norm_sampler(nn.RMSNorm, by_row=True)
 def rms_norm(layer: nn.RMSNorm, activations: list[Tensor], backprops: Tensor) -> Forms:
     """As `layer_norm`, without centering."""
     inputs = activations[0]

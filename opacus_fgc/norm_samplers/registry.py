@@ -18,6 +18,10 @@ NORM_SAMPLERS: dict[type[nn.Module] | str, NormSampler] = {}
 """``{layer type: norm sampler}``. Opacus' ``GRAD_SAMPLERS`` serves the layers that are not in it."""
 
 
+BY_ROW: set[NormSampler] = set()
+"""The norm samplers whose forms of rows are no larger than the rows."""
+
+
 def norm_sampler_of(layer_type: type) -> NormSampler | None:
     """The norm sampler registered for just this type, by itself or by its name."""
     return NORM_SAMPLERS.get(layer_type) or NORM_SAMPLERS.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
@@ -25,6 +29,7 @@ def norm_sampler_of(layer_type: type) -> NormSampler | None:
 
 def register_norm_sampler(
     target_class_or_classes: type[nn.Module] | str | Sequence[type[nn.Module] | str],
+    by_row: bool = False,
 ) -> Callable[[NormSampler], NormSampler]:
     """Registers the decorated function as the norm sampler of one or several types of layers.
 
@@ -38,6 +43,8 @@ def register_norm_sampler(
     Args:
         target_class_or_classes: a type of layer, or a sequence of them; a type by its full name,
             ``"package.module.Layer"``, need not be imported for it.
+        by_row: whether the form of one row takes no more memory than the row does, as factors of a product do. Rows of samples
+            that have different numbers of them need no padding then.
 
     Example:
         >>> @register_norm_sampler(Scale)
@@ -49,6 +56,8 @@ def register_norm_sampler(
 
     def decorator(sampler: NormSampler) -> NormSampler:
         NORM_SAMPLERS.update(dict.fromkeys(targets, sampler))
+        if by_row:
+            BY_ROW.add(sampler)
         return sampler
 
     return decorator

@@ -12,6 +12,7 @@ from opacus_fgc.per_sample.grouped import Grouped
 from opacus_fgc.per_sample.norm_only import NormOnly, NormsOnlyError
 from opacus_fgc.per_sample.outer import Outer
 from opacus_fgc.per_sample.parts import Parts
+from opacus_fgc.per_sample.ragged import Ragged, sum_over_runs
 from opacus_fgc.per_sample.routed import Routed
 from opacus_fgc.per_sample.rows import Rows
 from opacus_fgc.per_sample.sum import Sum, add
@@ -27,9 +28,11 @@ __all__ = [
     "Outer",
     "Parts",
     "PerSampleGradient",
+    "Ragged",
     "Routed",
     "Rows",
     "Sum",
     "SumOverPositions",
     "add",
+    "sum_over_runs",
 ]

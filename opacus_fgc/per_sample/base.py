@@ -109,10 +109,15 @@ class PerSampleGradient(ABC):
         """
         return 2 * math.sqrt(self.summands) * torch.finfo(norm_of_terms.dtype).eps * norm_of_terms
 
+    @property
+    def rounds(self) -> bool:
+        """Whether gradients are so small that all their elements may be rounded in one direction; see `above_rounding`."""
+        return self.shape.numel() <= _MANY_ELEMENTS
+
     def above_rounding(self, norms: Tensor) -> Tensor:
         """Norms of formed gradients, as upper bounds of what is released, which is another sum of the same terms."""
         elements = self.shape.numel()
-        if elements > _MANY_ELEMENTS:
+        if not self.rounds:
             return norms
         terms = self.norm_of_terms()
         bounds = norms + self.rounding(terms)
@@ -144,6 +149,14 @@ class PerSampleGradient(ABC):
     def sum_over_uses(self, uses: int) -> PerSampleGradient:
         """The sum over the uses of a parameter, where row ``n * uses + u`` is use ``u`` by sample ``n``."""
         return Dense(self.materialize()).sum_over_uses(uses)
+
+    def norm_of_runs(self, counts: Tensor) -> Tensor | None:
+        """The norms of sums over runs of rows, where each row counts as a sample; None if that is no faster than one by one.
+
+        Args:
+            counts: how many rows each run has, shape ``(runs,)``, on the CPU.
+        """
+        return None
 
     def measured(self, room: Room = NO_ROOM) -> Measured:
         """The norm, and what is kept for a weighted sum."""

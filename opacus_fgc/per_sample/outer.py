@@ -7,8 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opacus_fgc import planner
 from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
-from opacus_fgc.per_sample.precision import at_least_float32, factor_norms, least_norm, product, row_norms, widened
+from opacus_fgc.per_sample.precision import (
+    GRAM_TERMS,
+    at_least_float32,
+    factor_norms,
+    least_norm,
+    product,
+    row_norms,
+    widened,
+)
+from opacus_fgc.per_sample.runs import norms_of_runs
 from opacus_fgc.per_sample.squares import Squares
 from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
 from opacus_fgc.planner import NO_ROOM, Kernels, NormMethod, Room
@@ -17,8 +27,8 @@ from opacus_fgc.planner import NO_ROOM, Kernels, NormMethod, Room
 # arithmetic: on one of NVIDIA's H100, four blocks of 64 positions took 20 times as long as one of 256.
 _BLOCKS_FROM = {"cpu": (96, 256), "accelerator": (1024, 2048)}
 
-# How many terms of an inner product, and of a gradient, are added up at once.
-_GRAM_TERMS, _TERMS = 2**11, 2**14
+# How many terms of a gradient are added up at once.
+_TERMS = 2**14
 
 
 def _gram_inner(left: Tensor, right: Tensor) -> Squares:
@@ -43,12 +53,12 @@ def _gram_inner(left: Tensor, right: Tensor) -> Squares:
     for start in range(0, positions, step):
         rows, others = slice(start, start + step), slice(start + step, None)
         left_rows, right_rows = left[:, :, rows], right[:, :, rows]
-        grams = [product(side, side.mH, _GRAM_TERMS) for side in (left_rows, right_rows)]
+        grams = [product(side, side.mH, GRAM_TERMS) for side in (left_rows, right_rows)]
         shortest.append([gram.diagonal(dim1=2, dim2=3).real.amin((1, 2)) for gram in grams])
         add(1, *grams)
         if start + step < positions:
             sides = (left_rows, left[:, :, others]), (right_rows, right[:, :, others])
-            add(2, *(product(of_rows, of_others.mH, _GRAM_TERMS) for of_rows, of_others in sides))
+            add(2, *(product(of_rows, of_others.mH, GRAM_TERMS) for of_rows, of_others in sides))
 
     total, scale = (several[0] if len(several) == 1 else torch.stack(several).sum(0) for several in (totals, scales))
     bounds = [least_norm(side.shape[3], total.dtype) for side in (left, right)]
@@ -102,6 +112,24 @@ class Outer(SumOverPositions):
 
     def formed(self) -> Dense:
         return Dense(self.materialize())
+
+    def norm_of_runs(self, counts: Tensor) -> Tensor | None:
+        groups, positions, p, d = self.sizes
+        if groups != 1 or not len(counts):
+            return None
+        lengths = (counts * positions).tolist()
+        left, right = (at_least_float32(side).flatten(0, 2).split(lengths) for side in (self.left, self.right))
+
+        def alone(place: int, from_gradient: bool) -> Tensor:
+            one = Outer(left[place][None], right[place][None], self.shape)
+            whole = torch.ones(1, dtype=torch.bool, device=one.left.device)
+            return (one.norm_one_by_one(whole) if from_gradient else one.norm())[0]
+
+        return norms_of_runs(left, right, lambda length: self._is_by_gram(length, p, d), alone)
+
+    def _is_by_gram(self, positions: int, p: int, d: int) -> bool:
+        options = planner.costs(self.KERNELS, positions, p, d)
+        return options[NormMethod.GRAM] <= options[NormMethod.FORMED]
 
     def measured(self, room: Room = NO_ROOM) -> Measured:
         if self.left.shape[2] > 1:

@@ -19,6 +19,9 @@ _WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.c
 # Rows up to the first length are summed at once, longer ones in pieces of the second.
 _SHORT, _PIECE = 1024, 512
 
+# How many terms of the inner products of a Gram matrix are added up at once; see `product`.
+GRAM_TERMS = 2**11
+
 # So many elements are few: wide norms of them take less time than a question.
 _FEW = 2**13
 

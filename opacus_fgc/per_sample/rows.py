@@ -35,16 +35,27 @@ class Rows(PerSampleGradient):
         return self.values.numel()
 
     def norm(self) -> Tensor:
+        return self.above_rounding(
+            self._norms(torch.arange(self.batch_size, device=self.index.device), self.batch_size)
+        )
+
+    def norm_of_runs(self, counts: Tensor) -> Tensor | None:
+        if self.rounds:
+            return None
+        counts = counts.to(self.index.device)
+        return self._norms(torch.arange(len(counts), device=counts.device).repeat_interleave(counts), len(counts))
+
+    def _norms(self, samples: Tensor, size: int) -> Tensor:
         # Row r of sample n becomes row n * rows + r of one table, of which only the rows in use are kept.
-        offsets = torch.arange(self.batch_size, device=self.index.device).unsqueeze(1) * self.shape[0]
+        offsets = samples.unsqueeze(1) * self.shape[0]
         keys, position = torch.unique(self.index + offsets, return_inverse=True)
         values = at_least_float32(self.values)
         table = values.new_zeros(len(keys), values.shape[2])
         table.index_add_(0, position.flatten(), values.flatten(0, 1))
         norms = row_norms(table)
         squares = widest(norms).square()
-        squares = squares.new_zeros(self.batch_size).index_add_(0, keys // self.shape[0], squares)
-        return self.above_rounding(squares.sqrt().to(norms.dtype))
+        squares = squares.new_zeros(size).index_add_(0, keys // self.shape[0], squares)
+        return squares.sqrt().to(norms.dtype)
 
     @property
     def summands(self) -> int:

@@ -22,7 +22,7 @@ from opacus_fgc.step.nonfinite import is_finite
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.profile import Unwatched
 from opacus_fgc.step.rows_by_sample import dealt_out
-from opacus_fgc.taps.lookup import find_gradient_sampler
+from opacus_fgc.taps.lookup import Registered, find_gradient_sampler
 from opacus_fgc.taps.operation_samplers import Op
 from opacus_fgc.taps.tap import Call, Use
 from opacus_fgc.taps.tapping import Tapped
@@ -131,7 +131,8 @@ class LayerNorms(CertifiedModel):
 
     def _forms_by_owner(self, seen: View, layer: Tapped, batch: Batch) -> Forms:
         """The forms where rows are not the samples in order."""
-        groups = dealt_out(seen.uses, self.record.owned, batch)
+        by_row = isinstance(layer.sampler, Registered) and layer.sampler.by_row and self.use_ghost_clipping
+        groups = dealt_out(seen.uses, self.record.owned, batch, by_row)
         several = [
             {param: group.form_of(form) for param, form in self._forms(seen._replace(uses=group.uses), layer).items()}
             for group in groups

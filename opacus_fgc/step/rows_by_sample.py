@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from opacus_fgc import planner
 from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.errors import PrivacyNotImplementedError
-from opacus_fgc.per_sample import PerSampleGradient
+from opacus_fgc.per_sample import PerSampleGradient, sum_over_runs
 from opacus_fgc.taps.operation_samplers import Op
 from opacus_fgc.taps.tap import Call, Use
 
@@ -34,6 +35,10 @@ class _Group:
         self.samples: list[Tensor] = []
         self.owned: list[Owned | None] = []
 
+    def owners(self) -> Tensor:
+        """The sample of each row, shape ``(rows,)``."""
+        return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)
+
     @property
     def is_of_operation(self) -> bool:
         """Whether these are uses of an operation, and not of a layer."""
@@ -47,25 +52,30 @@ class Dealt(NamedTuple):
         samples: which samples these are, ascending.
         uses: the uses, on ``len(samples) * rows`` rows, so many for each sample.
         rows: how many.
+        counts: how many rows each sample has, where these are not as many, one sample's after another's; else None.
     """
 
     samples: Tensor
     uses: Sequence[Use]
     rows: int
+    counts: Tensor | None = None
 
     def form_of(self, form: PerSampleGradient) -> PerSampleGradient:
         """The form of these samples, from one of all their rows."""
+        if self.counts is not None:
+            return sum_over_runs(form, self.counts)
         several = self.rows > 1 and form.batch_size == len(self.samples) * self.rows
         return form.sum_over_uses(self.rows) if several else form
 
 
-def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], batch: Batch) -> list[Dealt]:
+def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], batch: Batch, by_row: bool) -> list[Dealt]:
     """Uses of a layer whose rows are dealt out to the samples, in groups of samples with about as many rows.
 
     Args:
         uses: all uses of the layer in a backward pass.
         owned: the owners of the rows of some calls, by `Call.key`; those of the others are the samples in order.
         batch: which samples the rows of the batch are of.
+        by_row: whether the layer's sampler may be given each row as if it were a sample.
 
     Returns:
         The groups; together they have each sample once.
@@ -112,6 +122,10 @@ def dealt_out(uses: Sequence[Use], owned: Mapping[Any, Owned], batch: Batch) -> 
         group.backprops.append(backprops)
         group.samples.append(samples)
         group.owned.append(found)
+    if by_row and len(groups) == 1:
+        (group,) = groups.values()
+        if not group.is_of_operation and (group.owners() >= 0).any() and planner.runs_pay(size, len(group.owners())):
+            return [_in_runs(group, size)]
     counts = {key: _counts(torch.cat(group.samples), size) for key, group in groups.items()}
     return [
         _dealt(groups, {key: int(count[samples].amax().clamp(min=1)) for key, count in counts.items()}, samples, size)
@@ -135,6 +149,24 @@ def _dealt(groups: Mapping[Any, _Group], most: Mapping[Any, int], samples: Tenso
     several = {key: most[key] if group.is_of_operation else max(most.values()) for key, group in groups.items()}
     rows = 1 if any(group.is_of_operation for group in groups.values()) else max(most.values())
     return Dealt(samples, [_padded(group, samples, size, several[key]) for key, group in groups.items()], rows)
+
+
+def _in_runs(group: _Group, size: int) -> Dealt:
+    """One use by all samples, with the rows of one after those of another."""
+    samples = group.owners()
+    order = None
+    if (samples < 0).any() or (samples.diff() < 0).any():
+        order = samples.argsort(stable=True)[int((samples < 0).sum()) :]
+
+    def in_order(parts: Sequence[Tensor]) -> Tensor:
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return whole if order is None or len(whole) != len(samples) else whole.index_select(0, order.to(whole.device))
+
+    call = group.calls[0].with_activations([in_order(parts) for parts in zip(*group.activations, strict=True)])
+    call.batch_axis, call.places = 0, None
+    backprops = tuple(in_order(parts) for parts in zip(*group.backprops, strict=True))
+    everyone = torch.arange(size, device="cpu")
+    return Dealt(everyone, [Use(call, backprops)], 1, _counts(samples, size))
 
 
 def _rows(tensor: Tensor, call: Call, positions: bool, count: int) -> Tensor:

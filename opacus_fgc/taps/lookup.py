@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc._compat.modules import PRIVATE_NAMES_BESIDE_FORWARD, ConvNd, InstanceNorm, parameters_by_name
 from opacus_fgc.distributed.shards import plain_type
-from opacus_fgc.norm_samplers.registry import Forms, norm_sampler_of
+from opacus_fgc.norm_samplers.registry import BY_ROW, Forms, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps.functorch import Functorch
 from opacus_fgc.taps.operation_samplers import OpSampler
@@ -31,6 +31,9 @@ class Registered:
         function: the entry of the table.
         name: what a plan calls it.
         as_form: makes a form of what it returns for a parameter, given the parameter's shape.
+
+    Attributes:
+        by_row: see `registry.register_norm_sampler`.
     """
 
     covers_children = False
@@ -41,6 +44,7 @@ class Registered:
         self.name = name
         self._function = function
         self._as_form = as_form
+        self.by_row = function in BY_ROW
 
     def fingerprint(self, outputs: list[Tensor], axis: int) -> None:
         """Needs to know nothing about the outputs."""
