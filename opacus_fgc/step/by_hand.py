@@ -115,7 +115,7 @@ class ByHand(WeightedPass):
             raise PrivacyRuntimeError(
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )
-        reached = self.trained.check(losses, self._facts.anchor, record.brought)
+        reached = self.trained.check(losses, self._facts.anchor, record.brought, record.made)
         due = self._due(len(losses), reached, record)
         if due is not None:
             owned = self.certify(due, losses, reached, 1.0)

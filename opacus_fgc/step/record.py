@@ -46,6 +46,7 @@ class Record:
         sums: what the clipped sums come from.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
+        made: other such leaves, no parameters, that its outputs depend on.
         owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
         packed: which sample each position of a single row is of, by the criterion's arguments, shape ``(T,)``.
         in_half: whether a layer computed in half precision, or under autocast.
@@ -70,6 +71,7 @@ class Record:
         self.sums = WeightedSums()
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
+        self.made: set[Tensor] = set()
         self.owned: Mapping[Any, Owned] = {}
         self.packed: Tensor | None = None
         self.in_half = False
@@ -88,7 +90,8 @@ class Record:
         other.batch_size_seen, other.samples_in_loss = self.batch_size_seen, self.samples_in_loss
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
         other.owned, other.packed = self.owned, self.packed
-        other.uses.expected, other.step, other.brought = self.uses.expected, self.step, self.brought
+        other.uses.expected, other.step = self.uses.expected, self.step
+        other.brought, other.made = self.brought, self.made
         return other
 
     def summing(self, params: Iterable[Any], coef: Tensor | None) -> Record:

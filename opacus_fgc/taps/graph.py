@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from opacus_fgc._compat.distributed import FSDP_NODE
@@ -107,6 +107,12 @@ def brought_by(inputs: Iterable[Tensor]) -> dict[Tensor, bool]:
     return (
         {leaf: any(leaf is one for one in with_gradient) for leaf in leaves_of(with_gradient)} if with_gradient else {}
     )
+
+
+def made_by(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves with a gradient, on ways that no tap stands on, that outputs of a model depend on, but for parameters."""
+    with_gradient = [tensor for tensor in outputs if tensor.requires_grad]
+    return (leaf for leaf in leaves_of(with_gradient) if not isinstance(leaf, nn.Parameter))
 
 
 def _visit(todo: list[Any], seen: set[Any], moving: list[Any] | None = None) -> Iterator[Any]:
