@@ -20,7 +20,7 @@ _VALUES = (bool, int, float, complex, str, bytes, type(None))
 class ModelState:
     """A copy of the buffers of a model, of the plain attributes of its modules, and of all that is in these.
 
-    Frozen parameters of types that are not torch's, such as quantised ones, may take other data or attributes in a forward. These
+    Frozen parameters of types that are not torch's, such as quantized ones, may take other data or attributes in a forward. These
     are remembered, and not copied.
 
     Containers and objects in attributes are looked into, but for modules, functions, types, and objects of torch that are no
@@ -59,7 +59,7 @@ class ModelState:
         if isinstance(value, nn.Parameter) or id(value) in self._known:
             return
         if self._places and isinstance(value, Tensor) and _place(value) in self._places:
-            return  # the weights of a quantised layer, which are too large to copy
+            return  # the weights of a quantized layer, which are too large to copy
         self._known.add(id(value))
         if isinstance(value, Tensor):
             self.values[path] = copy = value.detach().clone()
