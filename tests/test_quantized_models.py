@@ -188,6 +188,19 @@ def test_the_base_is_left_as_it_is(base: Base, train: bool) -> None:
         model.zero_grad()
 
 
+@pytest.mark.parametrize("name", ["nf4", "nf4-gpt2"])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_sample_through_bfloat16(folder: Path, name: str, mode: str) -> None:
+    """As QLoRA has it: the base computes in bfloat16, and the adapters are in float32. No sample contributes more than C."""
+    model = loader(folder, name, four_bits(bnb_4bit_compute_dtype=torch.bfloat16))()
+    _, optimizer, criterion, _ = private(model, tokens(), grad_sample_mode=mode, max_grad_norm=0.013, wrap_model=False)
+    for row in tokens().split(1):
+        optimizer.zero_grad()
+        criterion(model(input_ids=row), row).backward()
+        total = torch.cat([param.summed_grad.double().flatten() for param in trainable(model)]).norm().item()
+        assert 0.999 * 0.013 < total <= 0.013 * (1 + 1e-6)
+
+
 def test_check(base: Base) -> None:
     model = base(lora_dropout=0.1)
     report = opacus_fgc.check(model, loss_of, {"input_ids": tokens()}, tokens())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from opacus_fgc._compat.autograd import gradient_dtypes
 from opacus_fgc._compat.distributed import FSDP_NODE
 from opacus_fgc.errors import PrivacyNotImplementedError
+from opacus_fgc.per_sample.precision import HALF
 from opacus_fgc.taps.routes import moves_rows, selected
 from opacus_fgc.taps.tap import REENTRANT_NODE, TAP_NODE
 
@@ -149,6 +152,28 @@ def _behind(node: Any, place: int) -> Any:
 
 def _nodes(tensors: Iterable[Tensor]) -> list[Any]:
     return [_behind(tensor.grad_fn, tensor.output_nr) for tensor in tensors]
+
+
+def goes_through(losses: Tensor, dtypes: Collection[torch.dtype] = HALF) -> bool:
+    """Whether gradients have one of these dtypes somewhere on their way, such as in a frozen part of a model.
+
+    In half precision each of them is rounded there, so that the gradient of a loss times a coefficient is not the coefficient
+    times that of the loss.
+
+    Args:
+        losses: shape ``(N,)``, with their autograd graph.
+        dtypes: those of half precision if left out.
+    """
+    todo, seen = _nodes([losses]), set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(dtype in dtypes for dtype in gradient_dtypes(node)):
+            return True
+        todo.extend(edge for edge, _ in node.next_functions)
+    return False
 
 
 def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:
