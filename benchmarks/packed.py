@@ -121,7 +121,9 @@ def main() -> None:
     results = []
     for sizes in every.split(args.batch_size)[: args.batches]:
         results.append(measure(sizes, args.longest, args.seconds))
-        print(f"{int(sizes.sum())} of {len(sizes) * int(sizes.max())} tokens are no padding:", results[-1][0], flush=True)
+        print(
+            f"{int(sizes.sum())} of {len(sizes) * int(sizes.max())} tokens are no padding:", results[-1][0], flush=True
+        )
     rows = [
         (way, *(f"{statistics.median(result[place][way] for result in results):.2f}" for place in (0, 1)))
         for way in WAYS

@@ -218,7 +218,8 @@ class Difference(nn.Module):
 
 
 def contribution(wrapped: GradSampleModuleFastGradientClipping) -> float:
-    return torch.cat([param.summed_grad.double().flatten() for param in wrapped.parameters()]).norm().item()
+    trained = [param for param in wrapped.parameters() if param.requires_grad]
+    return torch.cat([param.summed_grad.double().flatten() for param in trained]).norm().item()
 
 
 def drop(wrapped: GradSampleModuleFastGradientClipping) -> None:
@@ -342,6 +343,39 @@ def test_two_passes_by_hand_are_refused_in_half_precision(dtype: torch.dtype) ->
     assert wrapped.get_norm_sample().shape == (3,)
     with pytest.raises(NotImplementedError, match="half precision and autocast"):
         wrapped.get_clipping_coef()
+
+
+class FrozenInHalf(nn.Module):
+    """As an adapter on a frozen base: what is trained is in float32, and so is what it is called on."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(24, 32).float(), nn.Linear(32, 10).float()
+        self.base = nn.Linear(32, 32).to(dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(x + self.base(x.to(self.base.weight.dtype)).float())
+
+
+@pytest.mark.usefixtures("keep")
+@in_half
+@both_modes
+def test_one_sample_through_a_frozen_layer_in_half_precision(mode: str, dtype: torch.dtype) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        wrapped = GradSampleModuleFastGradientClipping(FrozenInHalf(dtype), max_grad_norm=0.013)
+        MODES[mode](wrapped, small_loss(wrapped(torch.randn(1, 24, dtype=torch.float32))))
+        assert 0.999 * 0.013 < contribution(wrapped) <= 0.013 * BOUND
+
+
+@in_half
+def test_two_passes_by_hand_are_refused_through_half_precision(dtype: torch.dtype) -> None:
+    wrapped = GradSampleModuleFastGradientClipping(FrozenInHalf(dtype))
+    losses = small_loss(wrapped(torch.randn(3, 24, dtype=torch.float32)))
+    losses.mean().backward(retain_graph=True)
+    with pytest.raises(NotImplementedError, match="half precision and autocast"):
+        wrapped.get_clipping_coef() * losses
 
 
 @pytest.mark.parametrize("secure", [False, True], ids=["torch", "secure"])

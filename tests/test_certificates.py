@@ -743,6 +743,44 @@ def test_a_state_is_restored() -> None:
     assert model.table._version == 0
 
 
+class Quantized(nn.Parameter):
+    """A weight with its scale beside it, as libraries for quantised weights have them."""
+
+
+class Packing(nn.Module):
+    """A layer that takes its weight to itself in the first forward, in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Quantized(torch.arange(6, dtype=torch.uint8).view(2, 3), requires_grad=False)
+        self.weight.state = SimpleNamespace(scale=torch.ones(2), packed=False)
+        self.kept = None
+
+    def forward(self) -> None:
+        self.weight.state.scale, self.weight.state.packed = self.weight.state.scale.half() / 2, True
+        self.weight.data = self.weight.data.mT.contiguous()
+        self.weight.data[0] = 7
+        self.weight.state, self.kept = None, (self.weight.state, self.weight.data)
+
+
+def test_a_quantized_weight_is_restored() -> None:
+    layer = Packing()
+    weight, state, scale, place = layer.weight, layer.weight.state, layer.weight.state.scale, layer.weight.data_ptr()
+    with restored(layer):
+        layer()
+    assert layer.weight is weight and weight.data_ptr() == place
+    assert torch.equal(weight, torch.arange(6, dtype=torch.uint8).view(2, 3))
+    assert weight.state is state and state.scale is scale and not state.packed and layer.kept is None
+
+
+def test_a_quantized_weight_is_not_copied() -> None:
+    """It is large, wherever its layer keeps it."""
+    layer = Packing()
+    layer()
+    state = ModelState(layer)
+    assert not any(isinstance(value, Tensor) and value.shape == (3, 2) for value in state.values.values())
+
+
 def test_the_number_of_samples_that_inputs_show() -> None:
     assert batch_size((torch.zeros(1, 7), {"x": torch.zeros(5, 7)}), 0) == 5
     assert batch_size(([3, "text"],), 0) is None

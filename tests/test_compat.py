@@ -190,6 +190,25 @@ def test_is_kept() -> None:
     assert len(runs) == 3
 
 
+def test_gradient_dtypes() -> None:
+    class Halved(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.half(), x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+            return first.float() + second
+
+    x = torch.ones(2, dtype=torch.float32, requires_grad=True)
+    outputs = Halved.apply(x)
+    node = outputs[0].grad_fn
+    assert autograd.gradient_dtypes(node) == [torch.float16, torch.float32]
+    assert autograd.gradient_dtypes(node.next_functions[0][0]) == [torch.float32]
+    for output in (x.bfloat16(), torch.zeros(2, dtype=torch.bfloat16).add_(x)):
+        assert autograd.gradient_dtypes(output.grad_fn) == [torch.bfloat16]
+
+
 def test_gradient_hooks() -> None:
     param = nn.Parameter(torch.ones(2))
     assert autograd.gradient_hooks(param) == []

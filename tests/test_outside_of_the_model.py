@@ -204,6 +204,36 @@ def test_leaves_that_the_model_makes(mode: str) -> None:
     assert_equal(model.layer.weight.summed_grad, oracle.clipped_sum(0.05)["layer.weight"], "weight")
 
 
+def test_leaves_that_the_model_makes_and_no_tap_stands_before(mode: str) -> None:
+    """As `enable_input_require_grads` of transformers makes them, which adapters with activation checkpointing call."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.layer = nn.Embedding(7, 4).requires_grad_(False), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, prompt: Tensor | None = None) -> Tensor:
+            x = self.embedding(x)
+            x = x if prompt is None else x + prompt
+            return (x + self.layer(x)).mean(1)
+
+    model, x, y = Residual(), torch.randint(7, (N, 5)), torch.randint(4, (N,))
+    oracle = reference(model, F.cross_entropy, (x,), y, N)
+    model.embedding.register_forward_hook(lambda layer, args, output: output.requires_grad_())
+    module, criterion = private(model, nn.CrossEntropyLoss(), mode)
+    for _ in range(2):
+        criterion.optimizer.zero_grad()
+        criterion(module(x), y).backward()
+        assert_equal(model.layer.weight.summed_grad, oracle.clipped_sum(0.05)["layer.weight"], "weight")
+    for prompt in (torch.zeros(4, requires_grad=True) + 1, nn.Parameter(torch.zeros(4))):
+        criterion.optimizer.zero_grad()
+        with pytest.raises(ValueError, match=OUTSIDE + r".*\(4,\)"):
+            criterion(module(x, prompt), y).backward()
+    outside = torch.zeros(4, requires_grad=True)
+    with pytest.raises(ValueError, match=OUTSIDE + r".*\(4,\)"):
+        criterion(module(x) + outside, y).backward()
+
+
 def penalty(critic: Callable, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)

@@ -81,6 +81,17 @@ def _is_no_checkpoints(variable: Any) -> bool:
 _NOT_TOLD = object()
 
 
+def gradient_dtypes(node: Any) -> list[torch.dtype]:
+    """The dtypes of the gradients that a node of the graph is called on, which are those of what its operation returned.
+
+    Private: ``node._input_metadata``, torch 2.6 to 2.15.
+
+    Args:
+        node: any node of a graph that something still holds; torch 2.6 crashes on those of autograd functions that are left.
+    """
+    return [one.dtype for one in node._input_metadata]
+
+
 def gradient_hooks(tensor: Tensor) -> list[Callable]:
     """The hooks that a tensor got from ``register_hook``.
 

@@ -35,7 +35,7 @@ class Backprops:
     Attributes:
         sketches: of the backprops of each output.
         dims: their number of axes.
-        half: whether there is float16 among them, whose range is too small for rounding to be that of all numbers.
+        half: whether float16 is among them, or on their way, whose range is too small for rounding to be that of all numbers.
     """
 
     def __init__(self, by_position: Collection[Any] = ()) -> None:

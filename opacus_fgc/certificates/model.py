@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from opacus_fgc.argument_checks import describe
@@ -26,7 +27,7 @@ from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.certificates.sketch import forget_weights, raise_on_all_ranks
 from opacus_fgc.step.record import Record
-from opacus_fgc.taps.graph import Reached
+from opacus_fgc.taps.graph import Reached, goes_through
 from opacus_fgc.taps.routes import arrangement
 from opacus_fgc.taps.trial import TriedModel
 
@@ -137,11 +138,15 @@ class CertifiedModel(TriedModel):
         batch, choices = due.batch, self._choices()
         size = batch.size
         idle: dict[Any, Owned] = {}
+        half = goes_through(loss_per_sample, {torch.float16})
+        if plain is not None:
+            plain.half |= half
 
         def backward(weights: Tensor) -> Backprops:
             with self._witnessed(certifying=True) as backprops:
                 loss = loss_scale * (weights.to(loss_per_sample) * loss_per_sample).sum()
                 self._backward_to_taps(loss, retain_graph=True)
+            backprops.half |= half
             return backprops
 
         owned = find_owners(

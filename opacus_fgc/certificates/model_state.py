@@ -20,6 +20,9 @@ _VALUES = (bool, int, float, complex, str, bytes, type(None))
 class ModelState:
     """A copy of the buffers of a model, of the plain attributes of its modules, and of all that is in these.
 
+    Frozen parameters of types that are not torch's, such as quantized ones, may take other data or attributes in a forward. These
+    are remembered, and not copied.
+
     Containers and objects in attributes are looked into, but for modules, functions, types, and objects of torch that are no
     tensors or generators of random numbers.
 
@@ -35,6 +38,11 @@ class ModelState:
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._generators: list[tuple[Any, Any]] = []
         self._known: set[int] = set()
+        frozen = [param for param in model.parameters() if not param.requires_grad and _is_of_others(type(param))]
+        self._data = [(param, param.data) for param in frozen]
+        self._places = set(map(_place, frozen)) - {0}
+        for param in frozen:
+            self._note_parts(param)
         self.buffers = {path for path, _ in model.named_buffers()}
         for path, buffer in model.named_buffers():
             self._note(path, buffer)
@@ -50,6 +58,8 @@ class ModelState:
             return
         if isinstance(value, nn.Parameter) or id(value) in self._known:
             return
+        if self._places and isinstance(value, Tensor) and _place(value) in self._places:
+            return  # the weights of a quantized layer, which are too large to copy
         self._known.add(id(value))
         if isinstance(value, Tensor):
             self.values[path] = copy = value.detach().clone()
@@ -70,6 +80,16 @@ class ModelState:
             for name, item in vars(value).items():
                 self._note(f"{path}.{name}", item)
 
+    def _note_parts(self, value: Any) -> None:
+        """Remembers the attributes of a parameter, and of the objects in them; a part of its data is not copied."""
+        self._known.add(id(value))
+        self._attributes.append((vars(value), dict(vars(value))))
+        for part in vars(value).values():
+            if isinstance(part, Tensor):
+                self._known.add(id(part))
+            elif id(part) not in self._known and _is_object(part):
+                self._note_parts(part)
+
     def restore(self) -> None:
         """Makes all of it what it was."""
         for module, table in self._buffers.items():
@@ -80,6 +100,9 @@ class ModelState:
             for name in attributes.keys() - before.keys() - _OF_MODULES:
                 del attributes[name]
             attributes.update(before)
+        for param, data in self._data:
+            if _place(param) != _place(data) or param.shape != data.shape:
+                param.data = data
         for container, before in self._containers:
             container.clear()
             (container.update if isinstance(container, (dict, set)) else container.extend)(before)
@@ -100,7 +123,19 @@ class ModelState:
 def _is_object(value: Any) -> bool:
     if callable(value) or isinstance(value, (type, nn.Module)) or not hasattr(value, "__dict__"):
         return False
-    return type(value).__module__.partition(".")[0] not in ("torch", "builtins", "opacus_fgc")
+    return _is_of_others(type(value))
+
+
+def _is_of_others(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("torch", "builtins", "opacus_fgc")
+
+
+def _place(tensor: Tensor) -> int:
+    """Where the data of a tensor is; 0 where it is none of one piece."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0
 
 
 def _same(first: Any, second: Any) -> bool:

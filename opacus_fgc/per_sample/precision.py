@@ -16,6 +16,9 @@ from opacus_fgc._compat.backends import fp32_precision_getter
 # The dtypes whose rounding is not small against a privacy guarantee, and what takes their place.
 _WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
+HALF = frozenset(_WIDENED)
+"""The dtypes of half precision."""
+
 # Rows up to the first length are summed at once, longer ones in pieces of the second.
 _SHORT, _PIECE = 1024, 512
 

@@ -18,6 +18,13 @@ from opacus_fgc.planner import NOTHING
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.step.weighted_pass import WeightedPass
+from opacus_fgc.taps.graph import goes_through
+
+_IN_HALF = (
+    "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
+    "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
+    "DPLossFastGradientClipping; or train in float32"
+)
 
 
 class ClippingCoefficients(Tensor):
@@ -98,11 +105,7 @@ class ByHand(WeightedPass):
             )
         coef = self.clipping.coefficients(self.get_norm_sample())
         if self.record.in_half:
-            raise PrivacyNotImplementedError(
-                "a loop with two passes by hand does not go with half precision and autocast: the second pass would round what "
-                "is clipped, so that samples contribute more than max_grad_norm. Use a criterion from make_private, or "
-                "DPLossFastGradientClipping; or train in float32"
-            )
+            raise PrivacyNotImplementedError(_IN_HALF)
         self._second_pass = SecondPass()
         return ClippingCoefficients.of(coef, self._check_by_hand)
 
@@ -116,7 +119,9 @@ class ByHand(WeightedPass):
             raise PrivacyRuntimeError(
                 "these coefficients are of an earlier step; call get_clipping_coef() after each first pass"
             )
-        reached = self.trained.check(losses, self._facts.anchor, record.brought)
+        if goes_through(losses):
+            raise PrivacyNotImplementedError(_IN_HALF)
+        reached = self.trained.check(losses, self._facts.anchor, record.brought, record.made)
         batch = Batch(len(losses))
         due = self._due(batch, reached, record)
         if due is not None:

@@ -97,7 +97,7 @@ class NormPass(LayerNorms):
             ValueError: if the loss has not one value for each sample that the layers saw, or depends on a trainable
                 parameter past its layer.
         """
-        reached = self.trained.check(loss_per_sample, self._facts.anchor, self.record.brought)
+        reached = self.trained.check(loss_per_sample, self._facts.anchor, self.record.brought, self.record.made)
         self.check_accumulation()
         if self.record.phase.is_backward:
             # Another loss came by the same forward.

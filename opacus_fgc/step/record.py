@@ -47,6 +47,7 @@ class Record:
         sums: what the clipped sums come from.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
+        made: other such leaves, no parameters, that its outputs depend on.
         owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
         in_half: whether a layer computed in half precision, or under autocast.
         looking: whether activations are searched for inf and NaN.
@@ -70,6 +71,7 @@ class Record:
         self.sums = WeightedSums()
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
+        self.made: set[Tensor] = set()
         self.owned: Mapping[Any, Owned] = {}
         self.in_half = False
         self.looking = False
@@ -87,7 +89,8 @@ class Record:
         other.batch_size_seen, other.batch = self.batch_size_seen, self.batch
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
         other.owned = self.owned
-        other.uses.expected, other.step, other.brought = self.uses.expected, self.step, self.brought
+        other.uses.expected, other.step = self.uses.expected, self.step
+        other.brought, other.made = self.brought, self.made
         return other
 
     def summing(self, params: Iterable[Any], coef: Tensor | None) -> Record:

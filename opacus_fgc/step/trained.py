@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from opacus.utils.module_utils import trainable_parameters
@@ -31,13 +31,16 @@ class TrainedParameters:
         self._model, self._unsharded = model, unsharded
         self.names = {param: name for name, param in trainable_parameters(model)}  # as they are between two forwards
 
-    def check(self, loss_per_sample: Tensor, anchor: Tensor, brought: Mapping[Tensor, bool]) -> Reached:
+    def check(
+        self, loss_per_sample: Tensor, anchor: Tensor, brought: Mapping[Tensor, bool], made: Collection[Tensor]
+    ) -> Reached:
         """What losses depend on.
 
         Args:
             loss_per_sample: shape ``(N,)``.
             anchor: see `taps.tap.tap`.
             brought: see `Record.brought`.
+            made: see `Record.made`.
 
         Raises:
             RuntimeError: if they depend on no trainable layer.
@@ -76,11 +79,11 @@ class TrainedParameters:
                 "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
                 "put penalties on weights into the optimizer (weight_decay)"
             )
-        _check_outside(reached, brought)
+        _check_outside(reached, brought, made)
         return reached
 
 
-def _check_outside(reached: Reached, brought: Mapping[Tensor, bool]) -> None:
+def _check_outside(reached: Reached, brought: Mapping[Tensor, bool], made: Collection[Tensor]) -> None:
     """Raises a ValueError if something outside of the model would get no gradient from a private loss of this model."""
     if not reached.model:
         return  # there is nothing to clip, and the pass to the taps says so
@@ -94,7 +97,7 @@ def _check_outside(reached: Reached, brought: Mapping[Tensor, bool]) -> None:
         leaf
         for leaf in dict.fromkeys([*reached.before_model, *reached.in_model])
         # What a model makes itself, as checkpointing of adapters does, is nobody's to train.
-        if leaf in reached.before_model or isinstance(leaf, nn.Parameter) or leaf in brought
+        if isinstance(leaf, nn.Parameter) or leaf in brought or (leaf in reached.before_model and leaf not in made)
     ]
     given = [leaf for leaf in outside if brought.get(leaf) and not isinstance(leaf, nn.Parameter)]
     if len(given) < len(outside):

@@ -14,6 +14,7 @@ from opacus_fgc.step.clipped_sum import ClippedSum
 from opacus_fgc.step.layer_norms import pass_of
 from opacus_fgc.step.nonfinite import is_finite
 from opacus_fgc.step.norm_pass import NormPass
+from opacus_fgc.taps.graph import goes_through
 
 
 class WeightedPass(NormPass):
@@ -73,7 +74,7 @@ class WeightedPass(NormPass):
             return False
         reduced = reduced_operations(loss_per_sample.device)
         convolves = "conv" in reduced and any(param.dim() > 2 for param in self._module.parameters())
-        return "matmul" not in reduced and not convolves
+        return "matmul" not in reduced and not convolves and not goes_through(loss_per_sample)
 
     def _sum_in_taps(self, params: Sequence[Any], coef: Tensor, loss_per_sample: Tensor, retain_graph: bool) -> None:
         """One more pass to the taps, in which gradients are summed as they come; see `Record.summing`."""

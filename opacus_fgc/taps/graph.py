@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from opacus_fgc._compat.autograd import gradient_dtypes
 from opacus_fgc._compat.distributed import FSDP_NODE
 from opacus_fgc.errors import PrivacyNotImplementedError
+from opacus_fgc.per_sample.precision import HALF
 from opacus_fgc.taps.routes import moves_rows, selected
 from opacus_fgc.taps.tap import REENTRANT_NODE, TAP_NODE
 
@@ -109,6 +112,12 @@ def brought_by(inputs: Iterable[Tensor]) -> dict[Tensor, bool]:
     )
 
 
+def made_by(outputs: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaves with a gradient, on ways that no tap stands on, that outputs of a model depend on, but for parameters."""
+    with_gradient = [tensor for tensor in outputs if tensor.requires_grad]
+    return (leaf for leaf in leaves_of(with_gradient) if not isinstance(leaf, nn.Parameter))
+
+
 def _visit(todo: list[Any], seen: set[Any], moving: list[Any] | None = None) -> Iterator[Any]:
     """Taps and ends of a graph, each once, from the nodes in ``todo`` on; behind a tap only what the caller puts there.
 
@@ -143,6 +152,28 @@ def _behind(node: Any, place: int) -> Any:
 
 def _nodes(tensors: Iterable[Tensor]) -> list[Any]:
     return [_behind(tensor.grad_fn, tensor.output_nr) for tensor in tensors]
+
+
+def goes_through(losses: Tensor, dtypes: Collection[torch.dtype] = HALF) -> bool:
+    """Whether gradients have one of these dtypes somewhere on their way, such as in a frozen part of a model.
+
+    In half precision each of them is rounded there, so that the gradient of a loss times a coefficient is not the coefficient
+    times that of the loss.
+
+    Args:
+        losses: shape ``(N,)``, with their autograd graph.
+        dtypes: those of half precision if left out.
+    """
+    todo, seen = _nodes([losses]), set[Any]()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(dtype in dtypes for dtype in gradient_dtypes(node)):
+            return True
+        todo.extend(edge for edge, _ in node.next_functions)
+    return False
 
 
 def leaves_of(outputs: Iterable[Tensor]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Facts
 from opacus_fgc.taps.compiled import KeptBuffers
 from opacus_fgc.taps.constants import constants_of
-from opacus_fgc.taps.graph import brought_by
+from opacus_fgc.taps.graph import brought_by, made_by
 from opacus_fgc.taps.hooks import GradientHook, Handles, Hook, clear_copied
 from opacus_fgc.taps.lookup import (
     ByOperation,
@@ -178,6 +178,8 @@ class TappedModel(Tapping):
         """Forward hook of the same, called also when the forward failed."""
         if self._running.outermost is module:
             self._taps.ops.leave()
+            if self._running.entrance is not None:
+                self.record.made.update(made_by(tensors_of(output)))
             if self._running.noted is not None and self._running.entrance is not None and output is not None:
                 self._running.entrance.forward = self._running.noted.of(tensors_of(output), self._module)
             self._running.outermost = self._running.entrance = self._running.noted = None
