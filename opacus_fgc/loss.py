@@ -124,15 +124,18 @@ class DPLossFastGradientClipping(OpacusLoss):
             aside=partial(self._aside, (args, kwargs)),
             model=wrapped_model(self.module),
         )
-        batch = Batch(len(losses), packed=None if packed is None else packed.cpu())
-        if unit is not None:
-            numbers = unit_numbers(unit, len(losses))
-            losses = by_unit(losses, numbers, self.loss_reduction)
-            batch = (
-                Batch(len(losses), unit=numbers)
-                if batch.packed is None
-                else Batch(len(losses), packed=numbers[batch.packed])
-            )
+        packed = None if packed is None else packed.cpu()
+        if unit is None:
+            batch = Batch(len(losses), packed=packed)
+        else:
+            unit = unit_numbers(unit, len(losses))
+            losses = by_unit(losses, unit, self.loss_reduction)
+            if packed is not None:
+                packed, unit = unit[packed], None
+            elif len(unit) > 1 and self.module.record.batch_size_seen == 1:
+                # One row, whose positions are the records.
+                packed, unit = unit, None
+            batch = Batch(len(losses), unit, packed)
         return DPTensorFastGradientClipping(
             self.module, self.optimizer, losses, self.loss_reduction, self.clipped_backward, batch=batch
         )

@@ -368,6 +368,22 @@ def test_packed_sequences_of_units(mode: str) -> None:
 
 
 @both_modes
+def test_positions_of_packed_sequences_are_records_of_them(mode: str) -> None:
+    """So any criterion serves packed sequences."""
+    lengths = [3, 1, 4]
+    model = Apply(lambda m, x: m.head(m.body(x)), body=nn.Linear(D, D), head=nn.Linear(D, CLASSES))
+    plain = copy.deepcopy(model)
+    module, criterion = wrapped(model, nn.CrossEntropyLoss(), mode)
+    unit = torch.arange(3).repeat_interleave(torch.tensor(lengths))
+    for _ in range(2):
+        x, y = torch.randn(1, sum(lengths), D), torch.randint(CLASSES, (1, sum(lengths)))
+        criterion(module(x).flatten(0, 1), y.flatten(), unit=unit).backward()
+        wanted, _ = oracle(plain, (x[0],), y[0], unit.tolist(), "mean")
+        torch.testing.assert_close(module.per_sample_gradient_norms, wanted, rtol=1e-10, atol=1e-10)
+        criterion.optimizer.zero_grad()
+
+
+@both_modes
 def test_losses_of_the_same_units_add_up(mode: str) -> None:
     model, x, y = nn.Linear(D, CLASSES), torch.randn(5, D), torch.randint(CLASSES, (5,))
     module, criterion = wrapped(model, nn.CrossEntropyLoss(), mode)

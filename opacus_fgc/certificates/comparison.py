@@ -79,7 +79,7 @@ class Comparison:
             wrong = [
                 _kept_rows_differ(a, b, replacement, one.samples, None if noise is None else noise[place][axis])
                 for axis, (a, b) in enumerate(zip(one.sketches, two.sketches, strict=True))
-                if one.key is not None or len(a) == replacement.batch.rows
+                if one.key is not None or one.samples is not None or len(a) == replacement.batch.rows
             ]
             if wrong and all(wrong):
                 result.append(one)

@@ -194,7 +194,7 @@ class CertifiedModel(TriedModel):
                 check_independence(
                     describe("", entrance.module) if entrance.module is self._module else self._name_of(entrance),
                     tries,
-                    partial(self._run_again, entrance, batch.rows),
+                    partial(self._run_again, entrance, batch),
                     comparison,
                     self.layout.on_all_ranks,
                     entrance.forward if known else None,
@@ -223,16 +223,16 @@ class CertifiedModel(TriedModel):
         return replacements(batch, 0 if self.batch_first else 1, shared, owned, self._choices(), enlarge, signs)
 
     def _run_again(
-        self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None
+        self, entrance: Entrance, batch: Batch, replacement: Replacement | None, state: ModelState | None
     ) -> Forward:
         try:
-            return self._run(entrance, size, replacement, state, keep=False)
+            return self._run(entrance, batch, replacement, state, keep=False)
         except (RuntimeError, NotImplementedError):
             # Some forwards go backward themselves, or through torch.func, which takes no hooks on saved tensors.
-            return self._run(entrance, size, replacement, state, keep=True)
+            return self._run(entrance, batch, replacement, state, keep=True)
 
     def _run(
-        self, entrance: Entrance, size: int, replacement: Replacement | None, state: ModelState | None, keep: bool
+        self, entrance: Entrance, batch: Batch, replacement: Replacement | None, state: ModelState | None, keep: bool
     ) -> Forward:
         with entrance.again(keep) as random_states, restored(self._module):
             state = state or entrance.state
@@ -240,9 +240,9 @@ class CertifiedModel(TriedModel):
                 state.restore()
             random_states.restore()
             inputs = copied(entrance.inputs) if replacement is None else replacement(entrance.inputs)
-            self._running.seen = observations = Observations(size)
+            self._running.seen = observations = Observations(batch.rows, batch.packed)
             try:
-                output = self._trial(entrance.module, inputs, size)
+                output = self._trial(entrance.module, inputs, batch.rows)
             finally:
                 self._running.seen = None
             return observations.of(tensors_of(output), self._module)

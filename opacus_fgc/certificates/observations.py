@@ -45,15 +45,16 @@ class Observations:
     """What a forward comes by, in order, as sketches instead of the tensors themselves.
 
     Args:
-        size: number of samples.
+        size: number of rows of the batch.
+        packed: which sample each position of a single row is of; None if samples are not packed.
 
     Attributes:
         seen: what it came by so far.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, packed: Tensor | None = None) -> None:
         self.seen: list[Seen] = []
-        self._size = size
+        self._size, self._packed = size, packed
         self._calls: Counter[Any] = Counter()
         self._place = 0
         self._last: Callable[[], Tensor | None] = lambda: None
@@ -66,6 +67,9 @@ class Observations:
             model: the model, whose state is taken.
         """
         for tensor in outputs:
+            if self._packed is not None and tensor.dim() > 1 and tensor.shape[:2].numel() == len(self._packed):
+                self.look_at(None, "what the model returns", tensor.flatten(0, 1), [0], self._packed)
+                continue
             axes = [axis for axis in range(tensor.dim()) if tensor.shape[axis] == self._size]
             self.look_at(None, "what the model returns", tensor, axes)
         return Forward(self.seen, ModelState(model), self._size)
