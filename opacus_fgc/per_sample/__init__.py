@@ -16,6 +16,7 @@ from opacus_fgc.per_sample.routed import Routed
 from opacus_fgc.per_sample.rows import Rows
 from opacus_fgc.per_sample.sum import Sum, add
 from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
+from opacus_fgc.per_sample.tiled_outer import TiledOuter
 
 __all__ = [
     "Convolution",
@@ -31,5 +32,6 @@ __all__ = [
     "Rows",
     "Sum",
     "SumOverPositions",
+    "TiledOuter",
     "add",
 ]

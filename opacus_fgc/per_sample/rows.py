@@ -10,6 +10,7 @@ from torch import Tensor
 from opacus_fgc.per_sample.base import PerSampleGradient
 from opacus_fgc.per_sample.outer import Outer
 from opacus_fgc.per_sample.precision import at_least_float32, row_norms, widest
+from opacus_fgc.per_sample.tiled_outer import TiledOuter
 from opacus_fgc.planner import NormMethod
 
 
@@ -72,6 +73,12 @@ class Rows(PerSampleGradient):
             left, right = at_least_float32(other.left.squeeze(1)), at_least_float32(other.right.squeeze(1))
             index = self.index.unsqueeze(1).expand(-1, left.shape[1], -1)
             return (left.gather(2, index) * (right @ values.mH)).sum((1, 2)).real
+        if isinstance(other, TiledOuter) and self.batch_size and len(self.shape) == 2:
+            sums = [
+                (other.left.tile(n, self.index[n]) * (other.right_of(n) @ values[n].to(other.left.dtype).mT)).sum()
+                for n in range(self.batch_size)
+            ]
+            return torch.stack(sums)
         dense = at_least_float32(other.materialize()).reshape(self.batch_size, self.shape[0], values.shape[2])
         return (dense.gather(1, self.index.unsqueeze(2).expand_as(values)) * values.conj()).sum((1, 2)).real
 
