@@ -79,11 +79,13 @@ class ChunkedCausalLMLoss(nn.Module):
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
     def _check(self, hidden: Any, head: Any, labels: Any) -> None:
-        if not isinstance(head, nn.Linear):
+        linear_layer = isinstance(head, nn.Linear)
+        if not linear_layer or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
             adapted = " Leave the head out of the adapter's target_modules." if hasattr(head, "base_layer") else ""
             raise TypeError(
-                f"ChunkedCausalLMLoss: the head is a {type(head).__name__}, and has to be a torch.nn.Linear (model.lm_head), "
-                f"whose logits are computed in chunks.{adapted} CausalLMLoss takes the logits of any head"
+                f"ChunkedCausalLMLoss: the head is a {type(head).__name__}{' with a forward of its own' * linear_layer}; it has "
+                f"to be a torch.nn.Linear (model.lm_head), whose logits are computed in chunks.{adapted} CausalLMLoss takes the "
+                "logits of any head"
             )
         if isinstance(head.weight, DTensor):
             raise PrivacyNotImplementedError(
@@ -94,8 +96,8 @@ class ChunkedCausalLMLoss(nn.Module):
         if any(param.requires_grad for param in head.parameters()) and not _is_served(head):
             raise PrivacyNotImplementedError(
                 f"ChunkedCausalLMLoss: the head, a {type(head).__name__}, is trained, and is not one that the norm sampler of "
-                "torch.nn.Linear serves: its forward, or its weight, is its own (a parametrization, a registered norm sampler). "
-                "Take a plain torch.nn.Linear, freeze the head, or take CausalLMLoss"
+                "torch.nn.Linear serves: it has a parametrization, or a registered norm sampler. Take a plain torch.nn.Linear, "
+                "freeze the head, or take CausalLMLoss"
             )
         if hidden.dim() != 3 or hidden.shape[:2] != labels.shape or hidden.shape[2] != head.in_features:
             raise ValueError(

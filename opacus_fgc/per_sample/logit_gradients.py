@@ -15,8 +15,7 @@ NOT_COUNTED = -1
 
 @dataclass(frozen=True, eq=False)
 class LogitGradients:
-    """``factor[n, t] * (softmax(hidden[n, t] W^T + b) - onehot(target[n, t]))``, shape ``(N, T, V)``, of which no more is held
-    than what it follows from.
+    """``factor[n, t] * (softmax(hidden[n, t] W^T + b) - onehot(target[n, t]))``, shape ``(N, T, V)``, made when it is needed.
 
     Attributes:
         hidden: what the head is applied to, shape ``(N, T, d)``.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opacus_fgc import planner
 from opacus_fgc.per_sample.base import PerSampleGradient
 from opacus_fgc.per_sample.outer import Outer
 from opacus_fgc.per_sample.precision import at_least_float32, row_norms, widest
@@ -73,14 +74,20 @@ class Rows(PerSampleGradient):
             left, right = at_least_float32(other.left.squeeze(1)), at_least_float32(other.right.squeeze(1))
             index = self.index.unsqueeze(1).expand(-1, left.shape[1], -1)
             return (left.gather(2, index) * (right @ values.mH)).sum((1, 2)).real
-        if isinstance(other, TiledOuter) and self.batch_size and len(self.shape) == 2:
-            sums = [
-                (other.left.tile(n, self.index[n]) * (other.right_of(n) @ values[n].to(other.left.dtype).mT)).sum()
-                for n in range(self.batch_size)
-            ]
-            return torch.stack(sums)
+        if isinstance(other, TiledOuter) and len(self.shape) == 2:
+            return self._inner_of_tiles(other, values)
         dense = at_least_float32(other.materialize()).reshape(self.batch_size, self.shape[0], values.shape[2])
         return (dense.gather(1, self.index.unsqueeze(2).expand_as(values)) * values.conj()).sum((1, 2)).real
+
+    def _inner_of_tiles(self, other: TiledOuter, values: Tensor) -> Tensor:
+        """As of the head's gradient, of which the columns of these rows alone are made."""
+        inner = torch.zeros(self.batch_size, dtype=other.left.dtype, device=values.device)
+        for n in range(self.batch_size):
+            right = other.right_of(n)
+            for some in planner.slices(self.index.shape[1], max(1, len(right))):
+                products = right @ values[n, some].to(right.dtype).mT
+                inner[n] += (other.left.tile(n, self.index[n, some]) * products).sum()
+        return inner
 
     @classmethod
     def joined(cls, forms: Sequence[Rows]) -> Rows:

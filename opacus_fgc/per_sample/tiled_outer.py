@@ -58,6 +58,9 @@ class TiledOuter(PerSampleGradient):
 
     def norm(self) -> Tensor:
         norms, left_norms = [], []
+        if not self.right.shape[:2].numel():
+            self._left_norms = torch.zeros_like(self.left.log_sums)
+            return self._left_norms.new_zeros(self.batch_size)
         for n in range(self.batch_size):
             right, of_tiles, left_of_tiles = self.right_of(n), [], []
             for rows in self.tiles():
@@ -67,8 +70,6 @@ class TiledOuter(PerSampleGradient):
                 of_tiles.append(Outer(left.unsqueeze(0), right.unsqueeze(0), shape).norm())
             norms.append(row_norms(torch.cat(of_tiles)))
             left_norms.append(row_norms(torch.stack(left_of_tiles, 1)))
-        if not norms:
-            return self.left.log_sums.new_zeros(0)
         self._left_norms = torch.stack(left_norms)
         return torch.stack(norms)
 
@@ -79,8 +80,7 @@ class TiledOuter(PerSampleGradient):
     def norm_of_terms(self) -> Tensor:
         if self._left_norms is None:
             self.norm()
-        if self._left_norms is None:
-            return self.left.log_sums.new_zeros(0)
+        assert self._left_norms is not None
         return row_norms(factor_norms(self._left_norms.unsqueeze(2)) * factor_norms(self.right)).to(self.left.dtype)
 
     def _write_sum(self, total: Tensor, sample: int, right: Tensor) -> None:
