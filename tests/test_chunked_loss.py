@@ -17,7 +17,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_fgc import CausalLMLoss, ChunkedCausalLMLoss, GradScaler, PrivacyEngine, register_norm_sampler
+from opacus_fgc import (
+    CausalLMLoss,
+    ChunkedCausalLMLoss,
+    GradSampleModuleFastGradientClipping,
+    GradScaler,
+    PrivacyEngine,
+    register_norm_sampler,
+)
 from opacus_fgc.criterion import chunked_causal_lm
 from opacus_fgc.loss import MODES
 from opacus_fgc.norm_samplers import NORM_SAMPLERS
@@ -25,6 +32,8 @@ from opacus_fgc.norm_samplers.head import HeadRows
 from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, Rows, TiledOuter, add
 from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, LogitGradients
 from opacus_fgc.planner import MEMORY, KeepPolicy, NormMethod
+from opacus_fgc.taps import heads
+from tests.case import two_passes_by_hand
 from tests.reference import reference
 
 N, T, D, V = 5, 7, 6, 19
@@ -583,6 +592,54 @@ def test_a_head_that_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked_causal_lm, "DTensor", nn.Parameter)
     with pytest.raises(NotImplementedError, match="sharded over processes"):
         ChunkedCausalLMLoss()(torch.randn(N, T, D), nn.Linear(D, V), torch.randint(V, (N, T)))
+
+
+def test_a_head_whose_parameters_are_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As FSDP2 has it in forward: the whole weight is there, and the optimizer's is a shard."""
+    model, (x, y) = LanguageModel(), data()
+    module, _, criterion = private(model, ChunkedCausalLMLoss(), 1.0, grad_sample_mode="ghost")
+    monkeypatch.setattr(heads, "DTensor", nn.Parameter)
+    with pytest.raises(NotImplementedError, match="sharded over processes"):
+        criterion(module(x), model.head, y)
+
+
+def test_functorch() -> None:
+    model, (x, y) = LanguageModel(), data()
+    wrapped = GradSampleModuleFastGradientClipping(model, force_functorch=True)
+    with pytest.raises(NotImplementedError, match="force_functorch=True"):
+        ChunkedCausalLMLoss()(wrapped(x), model.head, y)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_formed_gradients(mode: str) -> None:
+    """Without ghost clipping each sample's gradient is formed."""
+    torch.manual_seed(0)
+    model, (x, y) = LanguageModel(tied=True, bias=True), data()
+    oracle = reference(with_logits(model), CausalLMLoss(), (x,), y, N)
+    norm = oracle.total_norm().median().item()
+    wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=norm, use_ghost_clipping=False)
+    MODES[mode](wrapped, ChunkedCausalLMLoss(reduction="none")(wrapped(x), model.head, y))
+    assert_sums(model, oracle.clipped_sum(norm))
+
+
+def test_two_passes_by_hand() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = LanguageModel(tied=True, bias=True), data()
+    oracle = reference(with_logits(model), CausalLMLoss(), (x,), y, N)
+    wrapped = GradSampleModuleFastGradientClipping(model, max_grad_norm=oracle.total_norm().median().item())
+    two_passes_by_hand(wrapped, ChunkedCausalLMLoss(reduction="none")(wrapped(x), model.head, y))
+    assert_sums(model, oracle.clipped_sum(wrapped.max_grad_norm))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_certificates_do_not_compute_the_loss_again(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, y) = LanguageModel(), data()
+    module, _, criterion = private(model, ChunkedCausalLMLoss(), 1.0, grad_sample_mode=mode, certify="always")
+    calls = []
+    sums = Tensor.logsumexp
+    monkeypatch.setattr(Tensor, "logsumexp", lambda *args: calls.append(args) or sums(*args))
+    criterion(module(x), model.head, y).backward()
+    assert len(calls) == N * (T - 1) // 2  # chunks of two tokens
 
 
 def test_a_registered_norm_sampler_for_linear_layers(monkeypatch: pytest.MonkeyPatch) -> None:

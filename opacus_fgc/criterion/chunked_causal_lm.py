@@ -89,8 +89,8 @@ class ChunkedCausalLMLoss(nn.Module):
             )
         if isinstance(head.weight, DTensor):
             raise PrivacyNotImplementedError(
-                "ChunkedCausalLMLoss: the head's weight is sharded over processes (FSDP2, tensor parallel), so that no process "
-                "has the tokens of the whole vocabulary. Take CausalLMLoss, or replicate the model "
+                "ChunkedCausalLMLoss: the head is sharded over processes (FSDP2, tensor parallel), and called outside of the "
+                "model's forward, where no process has all of its weight. Take CausalLMLoss, or replicate the model "
                 "(opacus.distributed.DifferentiallyPrivateDistributedDataParallel)"
             )
         if any(param.requires_grad for param in head.parameters()) and not _is_served(head):

@@ -17,8 +17,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc._compat.modules import PRIVATE_NAMES_BESIDE_FORWARD, ConvNd, InstanceNorm, parameters_by_name
 from opacus_fgc.distributed.shards import plain_type
-from opacus_fgc.errors import PrivacyNotImplementedError
-from opacus_fgc.norm_samplers.head import HeadRows
 from opacus_fgc.norm_samplers.registry import Forms, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps.functorch import Functorch
@@ -246,11 +244,6 @@ def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
     else:
         features = 1
     activations = tensors_in(inputs)
-    if len(activations) > 1 and any(isinstance(value, HeadRows) for value in inputs[0]):
-        raise PrivacyNotImplementedError(
-            "ChunkedCausalLMLoss takes hidden states with the batch first, and the model was wrapped with batch_first=False. "
-            "Have the model take and give the batch first, or take CausalLMLoss"
-        )
     return 1 if activations and activations[0].dim() - features >= 2 else 0
 
 
