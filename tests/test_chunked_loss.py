@@ -25,6 +25,7 @@ from opacus_fgc import (
     PrivacyEngine,
     register_norm_sampler,
 )
+from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.criterion import chunked_causal_lm
 from opacus_fgc.loss import MODES
 from opacus_fgc.norm_samplers import NORM_SAMPLERS
@@ -497,8 +498,8 @@ def test_logits_of_a_sequence_are_never_held(
 # Forms
 
 
-def logit_gradients(positions: int, dtype: torch.dtype = torch.float64) -> LogitGradients:
-    hidden, weight = torch.randn(N, positions, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+def logit_gradients(positions: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> LogitGradients:
+    hidden, weight = scale * torch.randn(N, positions, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
     targets = torch.randint(V, (N, positions))
     targets[0, :2] = NOT_COUNTED
     log_sums = (hidden @ weight.mT).logsumexp(2)
@@ -551,6 +552,31 @@ def test_sum_of_two_forms(first: str, second: str) -> None:
 
 def vars_of(form: Any) -> tuple[Tensor, Tensor, Tensor]:
     return form.left.targets, form.left.log_sums, form.left.factor
+
+
+@pytest.mark.parametrize("second", ["", "rows", "outer"])
+def test_no_sample_contributes_more_than_the_clipping_norm(second: str) -> None:
+    """In float32, also where terms cancel: what is released of one sample alone, as stored."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    for scale in (1e-3, 1.0, 30.0):
+        left = logit_gradients(40, torch.float32, scale)
+        right = torch.randn(N, 40, D)
+        form: PerSampleGradient = TiledOuter(left, right, torch.Size((V, D)))
+        if second:
+            # Of the same size, and but for a little the opposite.
+            whole = form.materialize()
+            dense = -whole + 1e-2 * torch.randn_like(whole) * whole.abs()
+            index = torch.arange(V).expand(N, V)
+            eye = torch.eye(V).expand(N, V, V)
+            form = add(
+                [form, Rows(index, dense, whole.shape[1:]) if second == "rows" else Outer(eye, dense, whole.shape[1:])]
+            )
+        norms = form.norm()
+        coef = FlatClipping(0.5 * norms.min().item()).coefficients(norms)
+        for n in range(N):
+            released = form.select(slice(n, n + 1)).weighted_sum(coef[n : n + 1])
+            assert released.double().norm().item() <= 0.5 * norms.min().item() * (1 + 1e-6)
 
 
 def test_rows_of_one_sample() -> None:

@@ -38,25 +38,21 @@ class LogitGradients:
         """That of the gradients: float32 or wider."""
         return self.log_sums.dtype
 
-    def tile(self, sample: int, rows: slice | Tensor) -> Tensor:
-        """The gradients of one sample by some logits, shape ``(T, len(rows))``.
+    def tile(self, sample: int, rows: slice) -> Tensor:
+        """The gradients of one sample by some logits, shape ``(T, rows)``; the same to the bit each time.
 
         Args:
             sample: which sample.
-            rows: which tokens of the vocabulary; a slice has a start and a stop.
+            rows: which tokens of the vocabulary, with a start and a stop.
         """
         hidden = at_least_float32(self.hidden[sample]).to(self.dtype)
         gradients = hidden @ self.weight[rows].to(self.dtype).mT
         if self.bias is not None:
             gradients += self.bias[rows]
         gradients.sub_(self.log_sums[sample].unsqueeze(1)).exp_()
-        targets = self.targets[sample].unsqueeze(1)
-        if isinstance(rows, slice):
-            places = targets - rows.start
-            within = (places >= 0) & (targets < rows.stop)
-            gradients.scatter_add_(1, places.clamp(0, gradients.shape[1] - 1), -within.to(self.dtype))
-        else:
-            gradients.sub_((targets == rows).to(self.dtype))
+        places = self.targets[sample].unsqueeze(1) - rows.start
+        within = (places >= 0) & (places < gradients.shape[1])
+        gradients.scatter_add_(1, places.clamp(0, gradients.shape[1] - 1), -within.to(self.dtype))
         return gradients.mul_(self.factor[sample].unsqueeze(1))
 
     def select(self, samples: slice | Tensor) -> LogitGradients:

@@ -80,13 +80,15 @@ class Rows(PerSampleGradient):
         return (dense.gather(1, self.index.unsqueeze(2).expand_as(values)) * values.conj()).sum((1, 2)).real
 
     def _inner_of_tiles(self, other: TiledOuter, values: Tensor) -> Tensor:
-        """As of the head's gradient, of which the columns of these rows alone are made."""
+        """As of the head's gradient, tile by tile: other products would round the logits otherwise than its norm has them."""
         inner = torch.zeros(self.batch_size, dtype=other.left.dtype, device=values.device)
         for n in range(self.batch_size):
             right = other.right_of(n)
-            for some in planner.slices(self.index.shape[1], max(1, len(right))):
-                products = right @ values[n, some].to(right.dtype).mT
-                inner[n] += (other.left.tile(n, self.index[n, some]) * products).sum()
+            for rows, left in other.left_tiles(n):
+                within = (self.index[n] >= rows.start) & (self.index[n] < rows.stop)
+                columns, of_rows = self.index[n, within] - rows.start, values[n, within].to(right.dtype)
+                for some in planner.slices(len(columns), max(1, len(right))):
+                    inner[n] += (left[:, columns[some]] * (right @ of_rows[some].mT)).sum()
         return inner
 
     @classmethod

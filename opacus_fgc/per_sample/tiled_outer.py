@@ -42,18 +42,23 @@ class TiledOuter(PerSampleGradient):
         # The activations are in memory anyway, for as long as autograd has use for them.
         return 3 * self.right.shape[:2].numel()
 
-    def tiles(self) -> Iterator[slice]:
+    @property
+    def _tiles(self) -> list[slice]:
         """The vocabulary in tiles, of which logits and gradients of one sample stay within `planner.Memory.temporary`."""
         tokens = len(self.left.weight)
-        for rows in planner.slices(tokens, max(self.right.shape[1:])):
-            yield slice(rows.start, min(rows.stop, tokens))
+        tiles = planner.slices(tokens, max(*self.right.shape[1:], *self.left.hidden.shape[1:]))
+        return [slice(rows.start, min(rows.stop, tokens)) for rows in tiles]
+
+    def left_tiles(self, sample: int) -> Iterator[tuple[slice, Tensor]]:
+        """The left side of one sample: some tokens of the vocabulary at a time, and a tile of shape ``(T, tokens)``."""
+        return ((rows, self.left.tile(sample, rows)) for rows in self._tiles)
 
     def right_of(self, sample: int) -> Tensor:
         """The right side of one sample, shape ``(T, d)``, float32 or wider."""
         return at_least_float32(self.right[sample]).to(self.left.dtype)
 
     def measured(self, room: Room = NO_ROOM) -> Measured:
-        temporary = next(self.tiles()).stop * max(self.right.shape[1:])
+        temporary = self._tiles[0].stop * max(self.right.shape[1:])
         return super().measured(room)._replace(temporary=temporary)
 
     def norm(self) -> Tensor:
@@ -63,8 +68,7 @@ class TiledOuter(PerSampleGradient):
             return self._left_norms.new_zeros(self.batch_size)
         for n in range(self.batch_size):
             right, of_tiles, left_of_tiles = self.right_of(n), [], []
-            for rows in self.tiles():
-                left = self.left.tile(n, rows)
+            for _, left in self.left_tiles(n):
                 left_of_tiles.append(row_norms(left))
                 shape = torch.Size((left.shape[1], right.shape[1]))
                 of_tiles.append(Outer(left.unsqueeze(0), right.unsqueeze(0), shape).norm())
@@ -84,8 +88,8 @@ class TiledOuter(PerSampleGradient):
         return row_norms(factor_norms(self._left_norms.unsqueeze(2)) * factor_norms(self.right)).to(self.left.dtype)
 
     def _write_sum(self, total: Tensor, sample: int, right: Tensor) -> None:
-        for rows in self.tiles():
-            total[rows] += product(self.left.tile(sample, rows).mT, right, TERMS)
+        for rows, left in self.left_tiles(sample):
+            total[rows] += product(left.mT, right, TERMS)
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         coef = coef.to(self.left.dtype)
