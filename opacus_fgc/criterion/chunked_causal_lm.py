@@ -1,4 +1,4 @@
-"""The loss of language models with a large vocabulary, one a sequence, of which the logits are never held."""
+"""The loss of language models with a large vocabulary, one a sequence, of which few logits are held at a time."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from opacus_fgc.taps.lookup import Registered, find_sampler
 
 
 class ChunkedCausalLMLoss(nn.Module):
-    """`CausalLMLoss` of hidden states and a head, in chunks of tokens: logits of shape ``(N, T, vocabulary)`` are never held.
+    """`CausalLMLoss` of hidden states and a head, without logits of shape ``(N, T, vocabulary)``.
 
     Losses, gradients and norms are those of `CausalLMLoss` on ``head(hidden)``. A chunk of logits is made, used and given up,
     at most `planner.Memory.temporary` bytes of them at a time; the gradient by the hidden states is computed along with the
-    losses. The head's own gradient is added up over tiles of the vocabulary, and so are the norms of its per-sample gradients;
-    see `per_sample.TiledOuter`. So the head is multiplied with more often than by `CausalLMLoss`: time for memory.
+    losses. The head's own gradient is added up over tiles of the vocabulary, and so are the squared norms of its per-sample
+    gradients; see `per_sample.TiledOuter`. So the head is multiplied with more often than by `CausalLMLoss`.
 
     It computes in float32, or wider where the model does, also under autocast.
 
