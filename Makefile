@@ -8,7 +8,7 @@ TORCH := 2.13.0
 # Tests run side by side, so one thread for each is enough.
 PYTEST := OMP_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto
 
-.PHONY: bench bench-certificates bench-distributed demo distributed docs text test test-slow test-all lint type clean
+.PHONY: bench bench-certificates bench-distributed bench-head demo distributed docs text test test-slow test-all lint type clean
 
 demo: $(READY)  ## private training on real data
 	$(BIN)/python examples/digits.py $(ARGS)
@@ -37,6 +37,9 @@ bench-certificates: $(READY)  ## what it costs to prove that samples have gradie
 
 bench-distributed: $(READY)  ## time, bytes sent and memory of a step over several processes, likewise
 	$(BIN)/python benchmarks/distributed.py $(ARGS)
+
+bench-head: $(READY)  ## memory and time of a step of a language model with a large vocabulary, likewise
+	$(BIN)/python benchmarks/head.py $(ARGS)
 
 docs: $(TOX)  ## the documentation as a site, in site/
 	$(TOX) run -e docs -- site $(ARGS)

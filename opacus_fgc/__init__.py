@@ -1,6 +1,7 @@
 """Differentially private training with the memory of ordinary training: fast ghost clipping for Opacus."""
 
 from opacus_fgc.criterion.causal_lm import CausalLMLoss
+from opacus_fgc.criterion.chunked_causal_lm import ChunkedCausalLMLoss
 from opacus_fgc.errors import PrivacyError
 from opacus_fgc.grad_sample_module import (
     GradSampleHooksFastGradientClipping,
@@ -21,6 +22,7 @@ __all__ = [
     "NORM_SAMPLERS",
     "CausalLMLoss",
     "CheckReport",
+    "ChunkedCausalLMLoss",
     "DPLossFastGradientClipping",
     "DPOptimizerFastGradientClipping",
     "DPTensorFastGradientClipping",

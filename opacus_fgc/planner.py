@@ -19,6 +19,7 @@ class NormMethod(Enum):
     GRAM = "Gram matrices"
     FORMED = "gradients, formed"
     KEPT = "gradients, formed and kept"
+    TILES = "tiles of the vocabulary"
     SUM = "inner products"
     GIVEN = "norms of the sampler"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed._functional_collectives import all_reduce
 from torch.profiler import ProfilerActivity, profile
 
+from opacus_fgc.planner import MEMORY
 from tests.distributed_cases import needs_fsdp
 from tests.ranks import ranks
 
@@ -20,6 +22,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
 
 import distributed
+import head
 from communication import Communication
 from measure import BASELINE, WAYS, Figures, make_step, peak_memory
 from report import read, tables
@@ -75,6 +78,20 @@ def test_language_model_of_gpt2s_form(way, autocast):
     step = make_step(workload, way, CPU, autocast)
     step()
     assert peak_memory(step, CPU) > 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_in_chunks_takes_less_than_half(tied, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(MEMORY, "temporary", 2**16)
+    sizes = argparse.Namespace(vocabulary=2048, length=64, batch=2, width=16, depth=1, tied=tied)
+    peaks = {
+        loss: [peak_memory(head.make_step(loss, way, sizes), CPU) for way in head.WAYS]
+        for loss in ("logits", "ChunkedCausalLMLoss")
+    }
+    print({loss: [round(peak / peaks["logits"][0], 2) for peak in of_ways] for loss, of_ways in peaks.items()})
+    assert max(peaks["ChunkedCausalLMLoss"]) < peaks["logits"][0] / 2
+    assert min(peaks["logits"]) == peaks["logits"][0]
 
 
 def test_sweeps_are_named_as_in_the_main_table():

@@ -8,6 +8,7 @@ from typing import Any
 from opacus.layers.dp_rnn import RNNLinear
 from torch import Tensor, nn
 
+from opacus_fgc.norm_samplers.head import head
 from opacus_fgc.norm_samplers.registry import Forms, refuse_unbatched, register_norm_sampler
 from opacus_fgc.per_sample import Dense, Outer
 from opacus_fgc.per_sample.precision import at_least_float32
@@ -22,7 +23,9 @@ def as_positions(tensor: Tensor) -> Tensor:
 
 @register_norm_sampler([nn.Linear, RNNLinear], by_row=True)
 def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Forms:
-    """``y = x W^T + b`` on the last axis of ``(N, in)`` or ``(N, *, in)``."""
+    """``y = x W^T + b`` on the last axis of ``(N, in)`` or ``(N, *, in)``; or `HeadRows` of a loss over tokens."""
+    if len(activations) > 1:
+        return head(layer, activations, backprops)
     left = as_positions(backprops)
     forms = _bias(layer, left)
     if layer.weight.requires_grad:

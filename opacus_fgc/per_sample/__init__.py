@@ -9,6 +9,7 @@ Shapes: ``N`` samples; ``T`` positions of a sample (tokens, pixels) at which the
 from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
 from opacus_fgc.per_sample.convolution import Convolution
 from opacus_fgc.per_sample.grouped import Grouped
+from opacus_fgc.per_sample.logit_gradients import LogitGradients
 from opacus_fgc.per_sample.norm_only import NormOnly, NormsOnlyError
 from opacus_fgc.per_sample.outer import Outer
 from opacus_fgc.per_sample.parts import Parts
@@ -17,11 +18,13 @@ from opacus_fgc.per_sample.routed import Routed
 from opacus_fgc.per_sample.rows import Rows
 from opacus_fgc.per_sample.sum import Sum, add
 from opacus_fgc.per_sample.sum_over_positions import SumOverPositions
+from opacus_fgc.per_sample.tiled_outer import TiledOuter
 
 __all__ = [
     "Convolution",
     "Dense",
     "Grouped",
+    "LogitGradients",
     "Measured",
     "NormOnly",
     "NormsOnlyError",
@@ -33,6 +36,7 @@ __all__ = [
     "Rows",
     "Sum",
     "SumOverPositions",
+    "TiledOuter",
     "add",
     "sum_over_runs",
 ]

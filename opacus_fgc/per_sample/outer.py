@@ -28,7 +28,7 @@ from opacus_fgc.planner import NO_ROOM, Kernels, NormMethod, Room
 _BLOCKS_FROM = {"cpu": (96, 256), "accelerator": (1024, 2048)}
 
 # How many terms of a gradient are added up at once.
-_TERMS = 2**14
+TERMS = 2**14
 
 
 def _gram_inner(left: Tensor, right: Tensor) -> Squares:
@@ -150,11 +150,11 @@ class Outer(SumOverPositions):
         else:
             right = right * coef
         if left.shape[1] == 1:
-            return product(left.flatten(0, 2).mT, right.flatten(0, 2), _TERMS).reshape(self.shape)
+            return product(left.flatten(0, 2).mT, right.flatten(0, 2), TERMS).reshape(self.shape)
         return torch.einsum("ngtp,ngtd->gpd", left, right).reshape(self.shape)
 
     def materialize(self) -> Tensor:
-        gradients = product(at_least_float32(self.left).mT, at_least_float32(self.right), _TERMS)
+        gradients = product(at_least_float32(self.left).mT, at_least_float32(self.right), TERMS)
         return gradients.reshape(self.batch_size, *self.shape)
 
     def inner(self, other: PerSampleGradient) -> Tensor:

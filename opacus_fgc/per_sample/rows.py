@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opacus_fgc import planner
 from opacus_fgc.per_sample.base import PerSampleGradient
 from opacus_fgc.per_sample.outer import Outer
 from opacus_fgc.per_sample.precision import at_least_float32, row_norms, widest
+from opacus_fgc.per_sample.tiled_outer import TiledOuter
 from opacus_fgc.planner import NormMethod
 
 
@@ -83,8 +85,22 @@ class Rows(PerSampleGradient):
             left, right = at_least_float32(other.left.squeeze(1)), at_least_float32(other.right.squeeze(1))
             index = self.index.unsqueeze(1).expand(-1, left.shape[1], -1)
             return (left.gather(2, index) * (right @ values.mH)).sum((1, 2)).real
+        if isinstance(other, TiledOuter) and len(self.shape) == 2:
+            return self._inner_of_tiles(other, values)
         dense = at_least_float32(other.materialize()).reshape(self.batch_size, self.shape[0], values.shape[2])
         return (dense.gather(1, self.index.unsqueeze(2).expand_as(values)) * values.conj()).sum((1, 2)).real
+
+    def _inner_of_tiles(self, other: TiledOuter, values: Tensor) -> Tensor:
+        """As of the head's gradient, tile by tile: other products would round the logits otherwise than its norm has them."""
+        inner = torch.zeros(self.batch_size, dtype=other.left.dtype, device=values.device)
+        for n in range(self.batch_size):
+            right = other.right_of(n)
+            for rows, left in other.left_tiles(n):
+                within = (self.index[n] >= rows.start) & (self.index[n] < rows.stop)
+                columns, of_rows = self.index[n, within] - rows.start, values[n, within].to(right.dtype)
+                for some in planner.slices(len(columns), max(1, len(right))):
+                    inner[n] += (left[:, columns[some]] * (right @ of_rows[some].mT)).sum()
+        return inner
 
     @classmethod
     def joined(cls, forms: Sequence[Rows]) -> Rows:
