@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
-from opacus_fgc import CausalLMLoss, PrivacyEngine
+from opacus_fgc import CausalLMLoss, ChunkedCausalLMLoss, PrivacyEngine
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
 from opacus_fgc.loss import MODES
 from opacus_fgc.sampling.units import UnitDataset
@@ -532,3 +532,25 @@ def test_units_without_a_meaning_are_refused(unit: Any, text: str) -> None:
     module, criterion = wrapped(nn.Linear(D, CLASSES), nn.CrossEntropyLoss(), "ghost")
     with pytest.raises(ValueError, match=text):
         criterion(module(torch.randn(3, D)), torch.zeros(3).long(), unit=unit)
+
+
+@both_modes
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_in_chunks(tied: bool, mode: str) -> None:
+    model = Apply(lambda m, tokens: m.body(m.table(tokens)), table=nn.Embedding(7, D), body=nn.Linear(D, D))
+    model.head = nn.Linear(D, 7, bias=not tied)
+    if tied:
+        model.head.weight = model.table.weight
+    plain = copy.deepcopy(model)
+    module, criterion = wrapped(model, ChunkedCausalLMLoss(), mode)
+    for unit in UNITS.values():
+        tokens = torch.randint(7, (len(unit), T))
+        for _ in range(2):
+            criterion(module(tokens), model.head, tokens, unit=unit).backward()
+            wanted = []
+            for rows in of_unit(unit):
+                losses = CausalLMLoss(reduction="none")(plain.head(plain(tokens[rows])), tokens[rows])
+                gradients = torch.autograd.grad(losses.mean(), list(plain.parameters()))
+                wanted.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
+            torch.testing.assert_close(module.per_sample_gradient_norms, torch.stack(wanted), rtol=1e-10, atol=1e-10)
+            criterion.optimizer.zero_grad()
