@@ -197,12 +197,16 @@ class Replacement:
 
     def _exchanged(self, samples: Tensor) -> tuple[list[int], list[int]]:
         """The rows of the chosen samples, and for each of them one of another sample, over and over if that has less."""
+        rows: dict[int, list[int]] = {}
+        for row, sample in enumerate(samples.tolist()):
+            rows.setdefault(sample, []).append(row)
         places: list[int] = []
         others: list[int] = []
         for sample, source in zip(self.chosen, self.sources, strict=True):
-            own, new = ((samples == one).nonzero().flatten().tolist() for one in (sample, source))
+            own = rows.get(sample, [])
+            new = rows.get(source, own)
             places += own
-            others += [(new or own)[place % len(new or own)] for place in range(len(own))]
+            others += [new[place % len(new)] for place in range(len(own))]
         return places, others
 
     def _with_rows(self, path: str, value: Tensor, axis: int, places: list[int], others: list[int]) -> Any:
