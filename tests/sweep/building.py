@@ -51,10 +51,13 @@ def _model(config: Any, model_class: Any, experts: str | None, dtype: torch.dtyp
 def _try(model: nn.Module, call: Call) -> None:
     inputs, target = call.batch()
     # Some keep tensors from a forward, and cannot be copied then.
-    losses = call.losses(copy.deepcopy(model)(**inputs), target)
+    tried = copy.deepcopy(model)
+    losses = call.losses(tried(**inputs), target)
     if losses.shape != (N,):
         raise ValueError(f"losses of shape {tuple(losses.shape)}")
     losses.sum().backward()
+    if not all(param.grad.isfinite().all() for param in tried.parameters() if param.grad is not None):
+        raise ValueError("gradients that are not finite")
 
 
 def built(task: Task, model_type: str, name: str, experts: str | None, dtype: torch.dtype) -> Subject:

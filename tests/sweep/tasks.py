@@ -191,8 +191,11 @@ def _audio(model: nn.Module) -> Iterator[Inputs]:
     """Waves, or features of frames with either axis first."""
     names = _arguments(model)
     if "input_values" in names:
-        for length in (6400, 24000):
-            yield {"input_values": partial(torch.randn, N, length)}
+        for shape in ((N, 6400), (N, 1, 6400), (N, 24000)):
+            yield {"input_values": partial(torch.randn, *shape)}
+    if {"input_features", "input_values"}.isdisjoint(names):
+        yield {"input_ids": _tokens}
+        return
     features = _of_config(
         model, "num_mel_bins", "feature_projection_input_dim", "input_dim", "input_feat_per_channel", "d_model"
     )
@@ -263,6 +266,12 @@ SPEAKS = {
     "is_decoder": False,
     **{"audio_token_id": SPECIAL, "audio_token_index": SPECIAL, "num_mel_bins": 16, "max_source_positions": 32},
     **{"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16},
+    **{"context_size": 8, "max_pos_emb": 16, "encoder_hidden_size": 32, "hidden_dim": 32, "input_dim": 16},
+    **{"window_size": 4, "downsample_rate": 2, "output_dim": 32, "downsample_hidden_size": 16},
+    **{"feature_projection_input_dim": 16, "input_feat_per_channel": 16, "subsampling_conv_channels": 8},
+    **{"audio_pad_token_id": 2, "audio_bos_token_id": 1, "max_length": 32, "conv_channels": 16},
+    **{"speech_encoder_layers": 2, "speech_encoder_intermediate_size": 48, "intermediate_size": 128},
+    **{"speech_encoder_attention_heads": 4, "num_stacked_frames": 1, "num_filters": 2, "upsample_groups": 1},
 }
 
 TASKS = {

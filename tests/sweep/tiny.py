@@ -30,10 +30,14 @@ TINY: dict[str, Any] = {
     **dict.fromkeys(("num_dense_layers", "moe_layer_start_index", "num_shared_experts", "zero_expert_num"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("state_size", "mamba_d_state", "ssm_state_size", "conv_kernel", "mamba_d_conv"), 4),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input", "text_vocab_size", "src_vocab_size", "tgt_vocab_size"), VOCABULARY
+    ),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "index_topk", "mamba_d_head"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "index_n_heads"), 2),
-    **dict.fromkeys(("sliding_window", "attention_window_size", "chunk_size", "mamba_chunk_size"), 4),
+    **dict.fromkeys(
+        ("sliding_window", "attention_window_size", "attention_window", "chunk_size", "mamba_chunk_size"), 4
+    ),
     **dict.fromkeys(("eos_token_id", "bos_token_id", "decoder_start_token_id"), 1),
     **dict.fromkeys(("linear_num_heads", "n_mamba_heads"), 2),
     **dict.fromkeys(("linear_head_dim", "mamba_dt_rank"), 8),
@@ -57,22 +61,44 @@ LISTS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("num_heads", "num_attention_heads"), (2,)),
     **dict.fromkeys(("hidden_sizes", "embed_dims", "embed_dim"), (32, 64)),
     **dict.fromkeys(("conv_dim", "tdnn_dim"), (16,)),
+    "attention_window": (4,),
 }
 """What fields that are lists are to begin with; the last is repeated."""
 
 BY_TYPE: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 4},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "cvt": {"depth": [1, 2, 3], "drop_path_rate": [0.0, 0.0, 0.0]},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+    "deberta-v2": {
+        **{"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "share_att_key": True},
+        **{"max_relative_positions": 8, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
+    },
     "dots3_note": {"per_layer_config": {}},
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
+    "esm": {"vocab_size": VOCABULARY},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_d_head": 8},
+    "fun_asr_nano": {
+        "adaptor_config": {
+            **{"hidden_size": WIDTH, "intermediate_size": 8, "num_attention_heads": HEADS},
+            "projector_hidden_size": WIDTH,
+        }
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "hgnet_v2": {
         **{"stage_in_channels": [48, 32, 32, 32], "stage_out_channels": [32] * 4, "stage_mid_channels": [16] * 4},
         **{"hidden_sizes": [32] * 4},
     },
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4, "input_size": 32},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
+    "luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8},
     "mobilevitv2": {"patch_size": 2},
     "nemotron": {"num_key_value_heads": 2},
@@ -88,6 +114,9 @@ BY_TYPE: dict[str, dict[str, Any]] = {
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "swinv2": {"image_size": 64},
     "textnet": {"hidden_sizes": [32] * 5, "stem_out_channels": 32},
+    "voxtral": {"audio_token_id": 2},
+    "wav2vec2-bert": {"vocab_size": VOCABULARY},
+    "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         **{"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4},
