@@ -51,10 +51,12 @@ def _model(config: Any, model_class: Any, experts: str | None, dtype: torch.dtyp
 def _try(model: nn.Module, call: Call) -> None:
     inputs, target = call.batch()
     # Some keep tensors from a forward, and cannot be copied then.
-    tried = copy.deepcopy(model)
+    tried, again = copy.deepcopy(model), copy.deepcopy(model)
     losses = call.losses(tried(**inputs), target)
     if losses.shape != (N,):
         raise ValueError(f"losses of shape {tuple(losses.shape)}")
+    if not torch.equal(losses, call.losses(again(**inputs), target)):
+        raise ValueError("it draws random numbers, whatever its configuration")
     losses.sum().backward()
     if not all(param.grad.isfinite().all() for param in tried.parameters() if param.grad is not None):
         raise ValueError("gradients that are not finite")

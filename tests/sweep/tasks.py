@@ -226,7 +226,8 @@ def _audio_to_text(model: nn.Module) -> Iterator[Call]:
         masks = [name for name in ("input_features_mask", "feature_attention_mask", "padding_mask") if name in names]
         for inputs in _audio(model):
             ((name, audio),) = inputs.items()
-            for masked, count in itertools.product(([], masks) if masks else ([],), range(1, 33)):
+            for masked, count in itertools.product(([], masks) if masks else ([],), range(32, 0, -1)):
+                # Of those that count no tokens, the most that run are as many as there are frames.
                 inputs = {
                     "input_ids": partial(_tokens, special=SPECIAL, specials=count),
                     name: audio,

@@ -150,7 +150,9 @@ def tiny_fields(config: Any, wanted: dict[str, Any]) -> dict[str, Any]:
         if name.startswith("_"):
             continue
         want = {**TINY, **wanted}.get(name)
-        if isinstance(value, float) and re.search(r"drop(out|path|_path)?(_|$)|pdrop|jitter|layerdrop|_prob", name):
+        if isinstance(value, float) and re.search(
+            r"drop(out|path|_path)?(_|$)|pdrop|jitter|layerdrop|_prob|vae_std", name
+        ):
             fields[name] = 0.0
         elif isinstance(value, (list, tuple)) and name in LISTS:
             first = LISTS[name][: len(value)]
