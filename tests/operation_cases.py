@@ -458,12 +458,24 @@ def conditional(m: Own, x: Tensor, y: Tensor) -> Tensor:
     return m.a(x + F.embedding(y, m.table)) + m.table[y]
 
 
+def repeated_by_head(m: Own, x: Tensor) -> Tensor:
+    """As models with disentangled attention do: positions are repeated for each sample, behind an axis of heads."""
+    heads = m.a(x).unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)
+    positions = m.project(m.p).unflatten(1, (2, -1)).transpose(0, 1).repeat(len(x), 1, 1)
+    return torch.bmm(heads, positions.mT).unflatten(0, (-1, 2))
+
+
 OPERATIONS = [
     Case("vit", vision_transformer, [floats(1, 4, 4)], tokens(3), classes),
     Case("vit-checkpointed", lambda: vision_transformer(True), [floats(1, 4, 4)], tokens(3), classes, functorch=False),
     Case("rms-norm-by-hand", lambda: HandWrittenRMSNorm(4), [floats(3, 4)]),
     Case("rms-norm-by-hand-1+", lambda: nn.Sequential(nn.Linear(4, 4), HandWrittenRMSNorm(4, True)), [floats(3, 4)]),
     Case("own-repeat", lambda: Own(repeated_token, {"p": (1, 1, 4)}, a=nn.Linear(4, 4)), [floats(3, 4)]),
+    Case(
+        "own-repeated-by-head",
+        lambda: Own(repeated_by_head, {"p": (5, 4)}, project=nn.Linear(4, 4), a=nn.Linear(4, 4)),
+        [floats(3, 4)],
+    ),
     Case(
         "own-written",
         lambda: Own(written_token, {"p": (4,), "q": (2, 4)}, a=nn.Linear(4, 4)),

@@ -11,7 +11,11 @@ from opacus_fgc.privacy_engine import MODES
 
 pytest.importorskip("transformers")
 
-from tests import sweep
+import transformers
+
+from tests.sweep.building import IMPLEMENTATIONS, built, has_experts
+from tests.sweep.measuring import IN_FLOAT32, TOLERANCE, InDouble, difference
+from tests.sweep.tasks import TASKS
 
 # Their own deprecations are not what is tested here.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -37,8 +41,8 @@ ALWAYS = {"deepseek_v4", "gpt_oss", "jetmoe", "llama4_text", "mixtral"}
 ROWS = [
     pytest.param(kind, experts, marks=[] if kind in ALWAYS else pytest.mark.slow, id=f"{kind}-{experts}")
     for kind, name in MODELS.items()
-    if hasattr(sweep.transformers, name)
-    for experts in (sweep.IMPLEMENTATIONS if sweep.has_experts(name) else (None,))
+    if hasattr(transformers, name)
+    for experts in (IMPLEMENTATIONS if has_experts(name) else (None,))
 ]
 
 
@@ -49,9 +53,9 @@ def test_equals_oracle(kind: str, experts: str | None, mode: str) -> None:
     single = experts == "grouped_mm"
     dtype = torch.float32 if single else torch.float64
     torch.set_default_dtype(dtype)
-    model = sweep.built(kind, MODELS[kind], experts, dtype)
-    with nullcontext() if single else sweep.InDouble():
-        assert sweep.difference(model, mode) <= (sweep.IN_FLOAT32 if single else sweep.TOLERANCE)
+    subject = built(TASKS["causal-lm"], kind, MODELS[kind], experts, dtype)
+    with nullcontext() if single else InDouble():
+        assert difference(subject, mode) <= (IN_FLOAT32 if single else TOLERANCE)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -59,6 +63,6 @@ def test_equals_oracle(kind: str, experts: str | None, mode: str) -> None:
 def test_what_transformers_has_in_place_of_grouped_mm(kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = pytest.importorskip("transformers.integrations.moe")
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
-    model = sweep.built(kind, MODELS[kind], "grouped_mm", torch.float64)
-    with sweep.InDouble():
-        assert sweep.difference(model, mode) <= sweep.TOLERANCE
+    subject = built(TASKS["causal-lm"], kind, MODELS[kind], "grouped_mm", torch.float64)
+    with InDouble():
+        assert difference(subject, mode) <= TOLERANCE

@@ -82,9 +82,9 @@ class Joining(Mixing):
 
 
 CASES = {
-    "time-first-as-batch-first": (
-        lambda: Apply(lambda m, x: m.a(x.transpose(0, 1)).transpose(0, 1), a=nn.Linear(3, 3)),
-        [torch.arange(48.0).reshape(N, N, 3)],
+    "a-mean-of-the-batch": (
+        lambda: Apply(lambda m, x: x - m.a(x).mean(0), a=nn.Linear(3, 3)),
+        [torch.ones(N, N, 3)],
         NotImplementedError,
         r"layer 'a' \(Linear\) gets a gradient of several samples in one row .* its rows are not samples \(check batch_first\)",
     ),

@@ -186,6 +186,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]]]] = 
         lambda: Apply(lambda m, x: m.a(x.repeat_interleave(2, 0)).unflatten(0, (-1, 2)).prod(1), a=nn.Linear(D, 3)),
         lambda: [torch.randn(N, D)],
     ),
+    "time-first-inside": (
+        lambda: Apply(
+            lambda m, ids: m.d(m.c(m.b(m.a(ids).transpose(0, 1)).tanh()).transpose(0, 1)).sum(1),
+            a=nn.Embedding(9, D),
+            b=nn.Linear(D, 3),
+            c=nn.LayerNorm(3),
+            d=nn.Linear(3, 2),
+        ),
+        lambda: [torch.randint(9, (N, T))],
+    ),
+    "time-first-inside-of-as-many-steps-as-samples": (
+        lambda: Apply(lambda m, x: m.a(x.transpose(0, 1)).tanh().transpose(0, 1).sum(1), a=nn.Linear(D, 3)),
+        lambda: [torch.randn(N, N, D)],
+    ),
     "all-samples-twice": (
         lambda: Apply(lambda m, x: m.a(x.repeat(2, 1)).unflatten(0, (2, -1)).prod(0), a=nn.Linear(D, 3)),
         lambda: [torch.randn(N, D)],

@@ -87,6 +87,14 @@ class Expanding(Meeting):
             return self._mark(tensor.repeat(*sizes) if copies else tensor.expand(*sizes))
 
         first = self._axis(dims)
+        if copies and size is not None and tensor.requires_grad and tensor.dim() == dims > first:
+            times, rows = sizes[first], tensor.shape[first]
+            if times > 1 and rows > 1:
+                # Several rows a sample, as of its heads, one sample after another.
+                sizes = [*sizes[:first], times, 1, *sizes[first + 1 :]]
+                several = self._expand_to(self._mark(tensor.unsqueeze(first)), sizes, copies)
+                flat = several.flatten(first, first + 1)
+                return self._mark(flat) if self.is_shared(several) else flat
         # Torch's own attention has samples second.
         for axis in (first, 1 - first) if dims > 2 else (first,):
             new = dims > axis and size_of(tensor, axis - dims) in (None, 1) and sizes[axis] != -1

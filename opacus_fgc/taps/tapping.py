@@ -88,6 +88,7 @@ class Running:
         noted: where the user's own is noted, as well.
         samples: the samples of the first rows, in a cell on a packed sequence.
         single: in a trial the layers that were called on a single row, and what they returned.
+        shapes: in a trial of what shapes layers returned tensors.
     """
 
     outermost: nn.Module | None = None
@@ -96,6 +97,7 @@ class Running:
     noted: Observations | None = None
     samples: Tensor | None = None
     single: list[tuple[nn.Module, Tensor]] | None = None
+    shapes: dict[nn.Module, list[torch.Size]] | None = None
 
 
 class Tapping(Assignment):
@@ -158,6 +160,8 @@ class Tapping(Assignment):
         # What comes of parameters and constants alone is caught where it meets the data.
         if self._taps.ops.active and any(map(self._taps.ops.is_shared, tensors_in(forward_output))):
             return forward_output
+        if self._running.shapes is not None and isinstance(forward_output, Tensor):
+            self._running.shapes.setdefault(module, []).append(forward_output.shape)
         batch_first = self.batch_first and module not in self._facts.batch_second
         axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
         inside = self._running.outermost is not None or self._recomputing()

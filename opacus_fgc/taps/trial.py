@@ -50,7 +50,43 @@ class TriedModel(TappedModel):
         if most or size is None:
             self._facts.verified.add(module)
         if some is not inputs:
+            self._find_batch_second(module, inputs, size or 0)
             self._try_other_sizes(module, inputs, size or 0)
+
+    def _find_batch_second(self, module: nn.Module, inputs: Any, size: int) -> None:
+        """Finds layers that have the batch on their second axis, ``(T, N, ...)``: it alone goes with the number of samples."""
+        if not self.batch_first:
+            return
+        of_two = self._shapes(module, inputs, size, 2)
+        candidates = [layer for layer, shapes in of_two.items() if _count_second(shapes, 2)]
+        if self.layout.on_all_ranks(not candidates):
+            return
+        of_three = self._shapes(module, inputs, size, 3)
+        found = {
+            layer
+            for layer in candidates
+            if _count_second(of_three.get(layer, []), 3)
+            and [shape[0] for shape in of_two[layer]] == [shape[0] for shape in of_three[layer]]
+        }
+        layers = list(self.iterate_submodules(self._module))
+        flags = self.layout.all_reduce_max([layer in found for layer in layers])
+        self._facts.batch_second.update(layer for layer, flag in zip(layers, flags, strict=True) if flag)
+
+    def _shapes(self, module: nn.Module, inputs: Any, size: int, length: int) -> dict[nn.Module, list[torch.Size]]:
+        """Of what shapes layers return tensors, on so many of the samples; nothing if the forward fails."""
+        some = some_samples(inputs, size, 0, length, self._axis)
+        self._running.shapes = shapes = dict[nn.Module, list[torch.Size]]()
+        try:
+            with self.undisturbed(module, some):
+                self._trial(module, some, length)
+        except OUT_OF_MEMORY:
+            raise
+        except Exception:
+            # What a model cannot do on other numbers of samples only leaves that unknown.
+            return {}
+        finally:
+            self._running.shapes = None
+        return shapes
 
     def _try_other_sizes(self, module: nn.Module, inputs: Any, size: int) -> None:
         """Runs other numbers of samples than two while it is not known which rows are samples."""
@@ -171,6 +207,11 @@ def _depending(rows: list[Tensor], outputs: list[Tensor]) -> list[bool]:
     total = torch.stack([(output * torch.rand_like(output)).sum().abs() for output in outputs]).sum()
     gradients = torch.autograd.grad(total, rows, allow_unused=True, retain_graph=True)
     return [gradient is not None and bool((gradient != 0).any()) for gradient in gradients]
+
+
+def _count_second(shapes: list[torch.Size], size: int) -> bool:
+    """Whether all tensors that a layer returned have so many places on their second axis, and features behind it."""
+    return bool(shapes) and all(len(shape) > 2 and shape[1] == size for shape in shapes)
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:
