@@ -414,3 +414,53 @@ def test_groups_of_samples_with_other_places_add_up() -> None:
         torch.testing.assert_close(form.select(mask).materialize(), values[mask])
         torch.testing.assert_close(form.select(slice(1, 3)).materialize(), values[1:3])
     torch.testing.assert_close(forms[0].inner(forms[1]), gradients.prod(0).flatten(1).sum(1))
+
+
+class Bags(nn.Module):
+    """Texts that lie one after another, with offsets, as the text classification of torch's tutorials has them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.bags, self.head = nn.EmbeddingBag(11, D, **options), nn.Linear(D, 3)
+
+    def forward(self, tokens: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        return self.head(self.bags(tokens, offsets, weights).tanh())
+
+
+@both_modes
+@pytest.mark.parametrize(
+    "options", [{"mode": "mean"}, {"mode": "sum"}, {"mode": "sum", "include_last_offset": True}, {"padding_idx": 3}]
+)
+@pytest.mark.parametrize("sizes", [[2, 1, 5, 4], [0, 3, 3, 0], [3, 3, 3, 3]])
+def test_joined_bags_of_tokens(sizes: list[int], options: dict[str, Any], mode: str) -> None:
+    model = Bags(**options)
+    plain = copy.deepcopy(model)
+    module, private = wrapped(model, nn.CrossEntropyLoss(), mode)
+    last = options.get("include_last_offset", False)
+    weighted = options["mode"] == "sum" if "mode" in options else False
+    for _ in range(3):
+        tokens, y = torch.randint(11, (sum(sizes),)), torch.randint(3, (len(sizes),))
+        offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+        weights = torch.rand(len(tokens)) if weighted else None
+        private(module(tokens, offsets if last else offsets[:-1], weights), y).backward()
+        norms = []
+        for n, (start, end) in enumerate(itertools.pairwise(offsets.tolist())):
+            of_one = torch.tensor([0, end - start] if last else [0])
+            output = plain(tokens[start:end], of_one, None if weights is None else weights[start:end])
+            gradients = torch.autograd.grad(F.cross_entropy(output, y[n : n + 1]), list(plain.parameters()))
+            norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        torch.testing.assert_close(module.per_sample_gradient_norms, torch.stack(norms), rtol=1e-10, atol=1e-10)
+        private.optimizer.zero_grad()
+
+
+class MixedBags(Bags):
+    def forward(self, tokens: Tensor, offsets: Tensor, weights: Tensor | None = None) -> Tensor:
+        bags = self.bags(tokens, offsets)
+        return self.head(bags / (1 + bags.detach().abs().mean(0)))
+
+
+@both_modes
+def test_joined_bags_that_are_mixed_are_refused(mode: str) -> None:
+    module, private = wrapped(MixedBags(mode="sum"), nn.CrossEntropyLoss(), mode)
+    with pytest.raises(NotImplementedError, match="mixes samples"):
+        private(module(torch.randint(11, (12,)), torch.tensor([0, 2, 3, 8])), torch.randint(3, (4,))).backward()

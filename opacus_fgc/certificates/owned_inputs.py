@@ -12,6 +12,7 @@ from opacus_fgc.certificates.batch import Batch
 from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.ownership import Owned
 from opacus_fgc.certificates.samples import tensors_by_path
+from opacus_fgc.norm_samplers.embedding import are_joined_bags
 
 
 def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], batch: Batch) -> dict[str, Owned]:
@@ -38,8 +39,10 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], bat
         if longest
         else None
     )
-    result = {}
+    result = _of_bags(entrance, batch)
     for path, tensor in tensors_by_path(entrance.inputs).items():
+        if path in result:
+            continue
         if packed is not None and tensor.dim() > 1 and tensor.shape[:2].numel() == longest:
             found: Owned | None = packed
         else:
@@ -47,6 +50,28 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], bat
             found = by_rows.get(len(tensor)) if found is None and tensor.dim() else found
         if found is not None and not _says_whose(tensor, found):
             result[path] = found
+    return result
+
+
+def _of_bags(entrance: Entrance, batch: Batch) -> dict[str, Owned]:
+    """The same for what embedding bags are called on that lie one after another."""
+    result: dict[str, Owned] = {}
+    tensors = tensors_by_path(entrance.inputs)
+    for call in dict.fromkeys(entrance.rows.values()):
+        paths = [path for path, of_path in entrance.rows.items() if of_path == call]
+        starts = [path for path in paths[1:] if not tensors[path].is_floating_point()]
+        if not starts or not are_joined_bags(call[0], [tensors[path] for path in paths]):
+            continue
+        tokens, offsets = tensors[paths[0]], tensors[starts[0]].cpu()
+        offsets = offsets[:-1] if call[0].include_last_offset else offsets
+        samples = batch.owners(len(offsets))
+        if samples is None:
+            continue
+        bags = torch.searchsorted(offsets, torch.arange(len(tokens), device="cpu", dtype=offsets.dtype), right=True) - 1
+        of_tokens = Owned(torch.where(bags < 0, -1, samples[bags.clamp(min=0)]), False)
+        result.update(dict.fromkeys((path for path in paths if tensors[path].shape == tokens.shape), of_tokens))
+        # Offsets stay: they are of no sample but with the tokens.
+        result[starts[0]] = Owned(torch.full((len(tensors[starts[0]]),), -1, device="cpu"), False)
     return result
 
 

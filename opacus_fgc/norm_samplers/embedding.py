@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,6 +35,16 @@ def embedding(layer: nn.Embedding, activations: list[Tensor], backprops: Tensor)
     if layer.padding_idx is not None:
         values = values.masked_fill((index == layer.padding_idx).unsqueeze(2), 0)
     return {layer.weight: Rows(index, values, layer.weight.shape)}
+
+
+def are_joined_bags(layer: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether a layer is called on bags that lie one after another, with offsets that say where each begins.
+
+    Args:
+        layer: any layer.
+        tensors: what it is called on.
+    """
+    return isinstance(layer, nn.EmbeddingBag) and len(tensors) > 1 and tensors[0].dim() == 1
 
 
 def _bags(layer: nn.EmbeddingBag, activations: list[Tensor], bags: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.errors import PrivacyNotImplementedError, located
+from opacus_fgc.norm_samplers.embedding import are_joined_bags
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
@@ -282,7 +283,9 @@ class Tapping(Assignment):
     ) -> None:
         positions = key in self.certification.by_position
         observations.begin_call(key)
-        for value in tensors_in(inputs) or tensors_in(output):
+        tensors = tensors_in(inputs)
+        # Tokens of joined bags are not rows of samples; what comes of them is.
+        for value in tensors_in(output) if not tensors or are_joined_bags(key, tensors) else tensors:
             value, axes = (value.flatten(0, 1), [0]) if positions and value.dim() > 1 else (value, [axis])
             observations.look_at(key, layer.name, value, axes, self._running.samples)
 
