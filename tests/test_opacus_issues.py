@@ -99,8 +99,22 @@ class Isomorphism(nn.Module):
         return self.head(torch.zeros(int(graph.max()) + 1, 8).index_add(0, graph, hidden.relu()))
 
 
-@pytest.mark.parametrize("sizes", [[3, 4, 5, 2], [3, 1, 5, 3]])  # also as many nodes as graphs, times three
-@pytest.mark.parametrize("make", [JoinedGraphs, Isomorphism])
+class LargestOfNodes(nn.Module):
+    """The largest of each feature, so that most nodes have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.update, self.head = nn.Linear(4, 2), nn.Linear(2, 3)
+
+    def forward(self, nodes: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+        hidden = self.update(nodes + torch.zeros_like(nodes).index_add(0, edges[1], nodes[edges[0]]))
+        largest = hidden.new_zeros(int(graph.max()) + 1, 2)
+        return self.head(largest.scatter_reduce(0, graph[:, None].expand(-1, 2), hidden, "amax", include_self=False))
+
+
+# Also as many nodes as graphs times three, or times four.
+@pytest.mark.parametrize("sizes", [[3, 4, 5, 2], [3, 1, 5, 3], [5, 5, 4, 2, 4], [6, 6, 2, 2]])
+@pytest.mark.parametrize("make", [JoinedGraphs, Isomorphism, LargestOfNodes])
 @pytest.mark.parametrize("mode", MODES)
 def test_joined_graphs(mode: str, make: type[nn.Module], sizes: list[int]) -> None:
     starts = [sum(sizes[:graph]) for graph in range(len(sizes))]

@@ -19,7 +19,7 @@ def replacements(
     batch: Batch,
     axis: int,
     shared: set[str],
-    owned: Mapping[str, Owned],
+    owned: Mapping[str, Owned | None],
     generator: random.Random,
     enlarge: bool,
     signs: Sequence[int],
@@ -35,7 +35,7 @@ def replacements(
         batch: which samples the rows of the batch are of.
         axis: the axis that counts them.
         shared: paths of inputs that are known to have no samples in them.
-        owned: whose the rows of inputs are, by their paths, where these are not the samples in order.
+        owned: whose the rows of inputs are, by their paths, where these are not the samples in order; None where they stay.
         generator: chooses the samples.
         enlarge: whether features may be enlarged, so that what is an index then fails with an error, and does no more.
         signs: of the enlarged features; or which half.

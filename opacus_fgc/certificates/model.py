@@ -215,7 +215,7 @@ class CertifiedModel(TriedModel):
         return describe(paths[entrance.module], entrance.module)
 
     def _replacements(
-        self, entrance: Entrance, batch: Batch, signs: Sequence[int], owned: Mapping[str, Owned]
+        self, entrance: Entrance, batch: Batch, signs: Sequence[int], owned: Mapping[str, Owned | None]
     ) -> list[list[Replacement]]:
         shared = self._facts.shared_inputs.setdefault(entrance.module, set())
         # On other devices an index out of range is an error that nothing recovers from.

@@ -15,7 +15,7 @@ from opacus_fgc.certificates.samples import tensors_by_path
 from opacus_fgc.norm_samplers.embedding import are_joined_bags
 
 
-def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], batch: Batch) -> dict[str, Owned]:
+def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], batch: Batch) -> dict[str, Owned | None]:
     """The owners of the rows of inputs, by their paths: of those that a layer was called on, and of packed ones.
 
     They are replaced to see whether samples touch each other. Were they not the owners, rows of samples that stay would change.
@@ -24,6 +24,9 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], bat
         entrance: the call of the model.
         owned: whose the rows of the layers' calls in it are, by layer and number of the call.
         batch: which samples the rows of the batch are of.
+
+    Returns:
+        The owners; None for inputs that say whose the rows are.
     """
     in_order = {
         call: found
@@ -40,7 +43,14 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], bat
         else None
     )
     result = _of_bags(entrance, batch)
-    for path, tensor in tensors_by_path(entrance.inputs).items():
+    tensors = tensors_by_path(entrance.inputs)
+    for tensor in tensors.values():
+        # A vector of graphs knows of nodes without a gradient as well.
+        several = [found for found in owned.values() if tensor.dim() == 1 and len(found.samples) == len(tensor)]
+        if several and all(_numbers(tensor, found, batch.size) for found in several):
+            by_rows[len(tensor)] = Owned(tensor.cpu().long(), False)
+            in_order = {call: found for call, found in in_order.items() if len(found.samples) != len(tensor)}
+    for path, tensor in tensors.items():
         if path in result:
             continue
         if packed is not None and tensor.dim() > 1 and tensor.shape[:2].numel() == longest:
@@ -48,14 +58,14 @@ def owned_inputs(entrance: Entrance, owned: Mapping[tuple[Any, int], Owned], bat
         else:
             found = in_order.get(entrance.rows.get(path, (None, 0)))
             found = by_rows.get(len(tensor)) if found is None and tensor.dim() else found
-        if found is not None and not _says_whose(tensor, found):
-            result[path] = found
+        if found is not None:
+            result[path] = None if _says_whose(tensor, found) else found
     return result
 
 
-def _of_bags(entrance: Entrance, batch: Batch) -> dict[str, Owned]:
+def _of_bags(entrance: Entrance, batch: Batch) -> dict[str, Owned | None]:
     """The same for what embedding bags are called on that lie one after another."""
-    result: dict[str, Owned] = {}
+    result: dict[str, Owned | None] = {}
     tensors = tensors_by_path(entrance.inputs)
     for call in dict.fromkeys(entrance.rows.values()):
         paths = [path for path, of_path in entrance.rows.items() if of_path == call]
@@ -70,9 +80,21 @@ def _of_bags(entrance: Entrance, batch: Batch) -> dict[str, Owned]:
         bags = torch.searchsorted(offsets, torch.arange(len(tokens), device="cpu", dtype=offsets.dtype), right=True) - 1
         of_tokens = Owned(torch.where(bags < 0, -1, samples[bags.clamp(min=0)]), False)
         result.update(dict.fromkeys((path for path in paths if tensors[path].shape == tokens.shape), of_tokens))
-        # Offsets stay: they are of no sample but with the tokens.
-        result[starts[0]] = Owned(torch.full((len(tensors[starts[0]]),), -1, device="cpu"), False)
+        result[starts[0]] = None
     return result
+
+
+def _numbers(tensor: Tensor, found: Owned, size: int) -> bool:
+    """Whether an input is the number of the sample of each row, for all samples in order."""
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool or found.by_position:
+        return False
+    rows = tensor.cpu().long()
+    own = found.samples >= 0
+    steps = rows.diff()
+    from_first_to_last = len(rows) > 0 and int(rows[0]) == 0 and int(rows[-1]) == size - 1
+    return (
+        from_first_to_last and bool(((steps == 0) | (steps == 1)).all()) and torch.equal(rows[own], found.samples[own])
+    )
 
 
 def _says_whose(tensor: Tensor, found: Owned) -> bool:
@@ -83,5 +105,7 @@ def _says_whose(tensor: Tensor, found: Owned) -> bool:
     if rows.dim() != 1 or len(rows) != len(found.samples):
         return False
     samples = found.samples.to(rows.device)
+    # Rows without a gradient tell nothing.
+    rows, samples = rows[samples >= 0], samples[samples >= 0]
     same = samples.diff() == 0
-    return bool(same.any()) and not (rows.diff()[same] != 0).any()
+    return bool(same.any()) and torch.equal(rows.diff() == 0, same)

@@ -125,7 +125,7 @@ class Replacement:
         every: whether those that are whole numbers are, too, which may be categories.
         vectors: whether whole numbers of shape ``(N,)``, which may be lengths, are replaced as well.
         shared: paths of tensors that are known to have no samples in them; it is added to.
-        owned: whose the rows of tensors are, by their paths, where these are not the samples in order.
+        owned: whose the rows of tensors are, by their paths, where these are not the samples in order; None where they stay.
         shorten: whether masks of chosen samples lose their last 1.
         opaque: what could not be looked into.
         masks: the paths of what has the values 0 and 1 only.
@@ -141,7 +141,7 @@ class Replacement:
     every: bool = True
     vectors: bool = True
     shared: set[str] = field(default_factory=set)
-    owned: Mapping[str, Owned] = field(default_factory=dict)
+    owned: Mapping[str, Owned | None] = field(default_factory=dict)
     shorten: bool = False
     opaque: set[str] = field(default_factory=set)
     masks: set[str] = field(default_factory=set)
@@ -172,7 +172,8 @@ class Replacement:
 
     def _of_tensor(self, path: str, value: Tensor, one_row: bool) -> Any:
         if path in self.owned:
-            return self._of_owned(path, value, self.owned[path])
+            owned = self.owned[path]
+            return UNCHANGED if owned is None else self._of_owned(path, value, owned)
         if value.dim() <= self.axis or not value.shape[self.axis] or not self.batch.rows:
             return UNCHANGED
         samples = self.batch.owners(value.shape[self.axis])
