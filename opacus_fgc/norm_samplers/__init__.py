@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opacus_fgc.norm_samplers import activation, conv, embedding, linear, normalization, sequence_bias
+from opacus_fgc.norm_samplers import activation, conv, embedding, linear, normalization, recurrent, sequence_bias
 from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, NormSampler, register_norm_sampler
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "embedding",
     "linear",
     "normalization",
+    "recurrent",
     "register_norm_sampler",
     "sequence_bias",
 ]

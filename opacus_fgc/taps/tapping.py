@@ -19,6 +19,7 @@ from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.errors import PrivacyNotImplementedError, located
+from opacus_fgc.norm_samplers.registry import Arranged
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
@@ -27,6 +28,7 @@ from opacus_fgc.taps.graph import leaves_of
 from opacus_fgc.taps.heads import check_head
 from opacus_fgc.taps.lookup import (
     Sampler,
+    arranged,
     batch_axis,
     holds_only,
     lacks_batch_axis,
@@ -158,6 +160,11 @@ class Tapping(Assignment):
         # What comes of parameters and constants alone is caught where it meets the data.
         if self._taps.ops.active and any(map(self._taps.ops.is_shared, tensors_in(forward_output))):
             return forward_output
+        if (call := _arranged(module, layer, forward_input, forward_kwargs, forward_output)) is not None:
+            self.record.orders += call.orders
+            return call.restored(
+                self._tap(module, layer, call.outputs, (call.inputs, {}), 0, layer.sampler.fingerprint)
+            )
         batch_first = self.batch_first and module not in self._facts.batch_second
         axis = batch_axis(module, (forward_input, forward_kwargs), batch_first)
         inside = self._running.outermost is not None or self._recomputing()
@@ -174,9 +181,8 @@ class Tapping(Assignment):
             inputs: Any = (tuple(tensor.unsqueeze(0) for tensor in tensors_in((forward_input, forward_kwargs))), {})
             row = self._tap(module, layer, forward_output.unsqueeze(0), inputs, 0, layer.sampler.fingerprint)
             return row.squeeze(0)
-        return self._tap(
-            module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
-        )
+        inputs = (forward_input, forward_kwargs)
+        return self._tap(module, layer, forward_output, inputs, axis, layer.sampler.fingerprint)
 
     def _tap_in_vmap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Puts a tap on what a layer returned in `torch.func.vmap`, whose rows it sees there one by one."""
@@ -294,6 +300,15 @@ class Tapping(Assignment):
 
     def _end_packed(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.samples = None
+
+
+def _arranged(
+    module: nn.Module, layer: Tapped, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Arranged | None:
+    try:
+        return arranged(module, layer.sampler, args, kwargs, output)
+    except (ValueError, NotImplementedError) as error:
+        raise located(error, layer.name)  # noqa: B904
 
 
 def _expanded(inputs: Any, size: int, axis: int) -> Any:
