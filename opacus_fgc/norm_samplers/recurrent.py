@@ -161,7 +161,7 @@ def _run(
         inputs = torch.cat([one.in_own_order(one.cell.outputs) for one in ran], -1)
 
 
-@register_norm_sampler([nn.LSTM, nn.GRU, nn.RNN], arrange=arrange)
+@register_norm_sampler([nn.LSTM, nn.GRU, nn.RNN], arrange=arrange, recomputes=True)
 def recurrent(layer: nn.RNNBase, activations: list[Tensor], backprops: list[Tensor | None]) -> Forms:
     """Any number of layers and directions; see `arrange` for what it gets.
 

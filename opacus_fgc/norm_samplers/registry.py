@@ -45,6 +45,10 @@ ARRANGE: dict[NormSampler, Arrange] = {}
 """How calls are arranged for those norm samplers that take layers with several outputs."""
 
 
+RECOMPUTES: set[NormSampler] = set()
+"""The norm samplers that compute steps of the forward again."""
+
+
 def norm_sampler_of(layer_type: type) -> NormSampler | None:
     """The norm sampler registered for just this type, by itself or by its name."""
     return NORM_SAMPLERS.get(layer_type) or NORM_SAMPLERS.get(f"{layer_type.__module__}.{layer_type.__qualname__}")
@@ -54,6 +58,7 @@ def register_norm_sampler(
     target_class_or_classes: type[nn.Module] | str | Sequence[type[nn.Module] | str],
     by_row: bool = False,
     arrange: Arrange | None = None,
+    recomputes: bool = False,
 ) -> Callable[[NormSampler], NormSampler]:
     """Registers the decorated function as the norm sampler of one or several types of layers.
 
@@ -72,6 +77,8 @@ def register_norm_sampler(
         arrange: for layers with several outputs, or whose tensors have their batch on several axes: arranges a call so that all
             have it first (`Arranged`). The sampler then gets the arranged inputs, and for backprops a list with one for each
             arranged output: zeros where the loss does not use it, None where it needs no gradient.
+        recomputes: whether the sampler computes steps of the forward again, each from the one before it, so that roundings grow
+            and its gradients are not those of autograd to the last few of them. Clipped sums are then made of its forms.
 
     Example:
         >>> @register_norm_sampler(Scale)
@@ -87,6 +94,8 @@ def register_norm_sampler(
             BY_ROW.add(sampler)
         if arrange is not None:
             ARRANGE[sampler] = arrange
+        if recomputes:
+            RECOMPUTES.add(sampler)
         return sampler
 
     return decorator

@@ -148,7 +148,7 @@ def _set_to_full(settings: Sequence[_Setting], device: torch.device) -> Iterator
 
 
 def reduced_operations(device: torch.device) -> set[str]:
-    """Which operations on float32 round more than float32 does on a device: "matmul", "conv", "rnn"."""
+    """Which operations on float32 round more than float32 does on a device: "matmul", "conv"."""
     return {one.operation for one in _SETTINGS if one.device == device.type and one.get() not in one.full}
 
 
@@ -157,7 +157,7 @@ class _Setting(NamedTuple):
 
     Attributes:
         device: the type.
-        operation: "matmul", "conv" or "rnn".
+        operation: "matmul" or "conv".
         get: gives its value.
         set: sets it.
         full: its values for full precision.
@@ -177,10 +177,8 @@ def _settings() -> Iterator[_Setting]:
     modules: dict[tuple[str, str], Any] = {
         ("cuda", "matmul"): backends.cuda.matmul,
         ("cuda", "conv"): getattr(backends.cudnn, "conv", None),
-        ("cuda", "rnn"): getattr(backends.cudnn, "rnn", None),
         ("cpu", "matmul"): getattr(backends.mkldnn, "matmul", None),
         ("cpu", "conv"): getattr(backends.mkldnn, "conv", None),
-        ("cpu", "rnn"): getattr(backends.mkldnn, "rnn", None),
     }
     for (device, operation), module in modules.items():
         if hasattr(module, "fp32_precision"):

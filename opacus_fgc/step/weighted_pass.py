@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from opacus_fgc.distributed.clipped_sums import as_parameters, gradients_of
 from opacus_fgc.per_sample.precision import is_half, reduced_operations
@@ -69,13 +69,14 @@ class WeightedPass(NormPass):
 
     def _weighs_exactly(self, loss_per_sample: Tensor) -> bool:
         """Whether the gradient of the weighted loss is, but for roundings of float32, the weighted sum of what was measured."""
-        if self.record.sums.samples is not None or self.record.in_half or is_half(loss_per_sample):
+        if self.record.sums.samples is not None:
             # Inf and NaN of a sample that is dropped would go through all that coefficients can do.
+            return False
+        if self.record.in_half or self.record.recomputed or is_half(loss_per_sample):
             return False
         reduced = reduced_operations(loss_per_sample.device)
         convolves = "conv" in reduced and any(param.dim() > 2 for param in self._module.parameters())
-        recurs = "rnn" in reduced and any(isinstance(module, nn.RNNBase) for module in self._module.modules())
-        return not ("matmul" in reduced or convolves or recurs) and not goes_through(loss_per_sample)
+        return "matmul" not in reduced and not convolves and not goes_through(loss_per_sample)
 
     def _sum_in_taps(self, params: Sequence[Any], coef: Tensor, loss_per_sample: Tensor, retain_graph: bool) -> None:
         """One more pass to the taps, in which gradients are summed as they come; see `Record.summing`."""

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc._compat.modules import PRIVATE_NAMES_BESIDE_FORWARD, ConvNd, InstanceNorm, parameters_by_name
 from opacus_fgc.distributed.shards import plain_type
-from opacus_fgc.norm_samplers.registry import ARRANGE, BY_ROW, Arranged, Forms, norm_sampler_of
+from opacus_fgc.norm_samplers.registry import ARRANGE, BY_ROW, RECOMPUTES, Arranged, Forms, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps.functorch import Functorch
 from opacus_fgc.taps.operation_samplers import OpSampler
@@ -35,6 +35,7 @@ class Registered:
     Attributes:
         by_row: see `registry.register_norm_sampler`.
         arrange: likewise.
+        recomputes: likewise.
     """
 
     covers_children = False
@@ -47,6 +48,7 @@ class Registered:
         self._as_form = as_form
         self.by_row = function in BY_ROW
         self.arrange = ARRANGE.get(function)
+        self.recomputes = function in RECOMPUTES
 
     def fingerprint(self, outputs: list[Tensor], axis: int) -> None:
         """Needs to know nothing about the outputs."""
