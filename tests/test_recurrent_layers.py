@@ -82,6 +82,15 @@ def of_lists(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
     return m.r(pack_sequence(rows, enforce_sorted=False))[1][1][-1]
 
 
+def in_place(m: Any, x: Tensor) -> Tensor:
+    """What a layer returned is written into, and has the strides that it always had."""
+    output, (hidden, _) = m.r(x.transpose(0, 1))
+    output[0] += 1
+    output.mul_(2)
+    hidden.mul_(3)
+    return output.view(T, -1, H).transpose(0, 1) + hidden.view(2, 1, -1, H)[1].transpose(0, 1)
+
+
 class Learned(nn.Module):
     """States to begin with are parameters."""
 
@@ -115,6 +124,7 @@ RIGHT: dict[str, Callable[[], nn.Module]] = {
     "sorted-by-hand": lambda: Apply(sorted_by_hand, r=lstm()),
     "of-lists": lambda: Apply(of_lists, r=lstm()),
     "learned-states": Learned,
+    "in-place": lambda: Apply(in_place, r=nn.LSTM(D, H, 2)),
     "by-keyword": lambda: Apply(
         lambda m, x: m.r(input=x, hx=x.new_ones(1, len(x), H))[0], r=nn.GRU(D, H, batch_first=True)
     ),

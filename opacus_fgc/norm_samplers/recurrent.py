@@ -32,11 +32,11 @@ class _Packing:
     def __init__(self, packed: PackedSequence) -> None:
         data, sizes, order, self._back = packed
         self._order = order
-        device, sizes = data.device, sizes.to(data.device)
         self._shape = int(sizes[0]), len(sizes)
-        self._steps = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
-        starts = sizes.cumsum(0) - sizes
-        self._samples = torch.arange(len(data), device=device) - starts[self._steps]
+        # On the CPU, where the sizes are, so that no device is waited for.
+        steps = torch.arange(len(sizes), device="cpu").repeat_interleave(sizes)
+        samples = torch.arange(len(data), device="cpu") - (sizes.cumsum(0) - sizes)[steps]
+        self._steps, self._samples = steps.to(data.device), samples.to(data.device)
         if order is not None:
             self._samples = order[self._samples]
 
@@ -93,16 +93,21 @@ def arrange(layer: nn.RNNBase, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             f"it was called without a batch axis, on shape {tuple(inputs.shape)}, which torch takes for one sequence. Call it on "
             "a batch of sequences, of 3 axes; on one sample as on a batch of one (x[i : i + 1])"
         )
-    axis = 0 if layer.batch_first else 1
 
     def batch_first(tensor: Any) -> Tensor:
-        return tensor.movedim(axis, 0) if packing is None else packing.padded(tensor.data)
+        if packing is not None:
+            return packing.padded(tensor.data)
+        return tensor if layer.batch_first else tensor.transpose(0, 1)
 
     def restored(outputs: Sequence[Tensor]) -> Any:
-        first, *rest = outputs
-        whole = first.movedim(0, axis) if packing is None else sequence._replace(data=packing.data(first))
-        rest = [state.transpose(0, 1) for state in rest]
-        return whole, rest[0] if isinstance(last, Tensor) else tuple(rest)
+        whole: Any = outputs[0]
+        if packing is not None:
+            whole = sequence._replace(data=packing.data(whole))
+        elif not layer.batch_first:
+            whole = whole.transpose(0, 1)
+        # Whoever has hooks on what layers return (FSDP) loses them to in-place operations if it is a view.
+        states = tuple(state.transpose(0, 1).clone() for state in outputs[1:])
+        return whole, states[0] if isinstance(last, Tensor) else states
 
     activations = [batch_first(inputs), *(state.transpose(0, 1) for state in states)]
     if packing is not None:
