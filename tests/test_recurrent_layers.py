@@ -177,6 +177,23 @@ def test_however_it_is_called(name: str, certify: str, mode: str) -> None:
         assert_clipped(module, private, torch.randn(N, T, D), *lengths)
 
 
+@both_modes
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_model_of_packed_sequences(kind: Callable[..., nn.RNNBase], mode: str) -> None:
+    """Its samples come packed, and it returns them so."""
+    torch.manual_seed(0)
+    model = Apply(lambda m, x: m.r(x)[0], r=kind(D, H, batch_first=True, bidirectional=True))
+    rows = [torch.randn(length, D) for length in (3, 5, 1, 4, 4)]
+    alone = [
+        reference(model, lambda output, _: output.square().sum(), (row[None],), torch.zeros(1), 1).total_norm()
+        for row in rows
+    ]
+    module = GradSampleModuleFastGradientClipping(model, certify="always", max_grad_norm=1.0)
+    output = pad_packed_sequence(module(pack_sequence(rows, enforce_sorted=False)), batch_first=True)[0]
+    MODES[mode](module, squares(output))
+    torch.testing.assert_close(module.per_sample_gradient_norms, torch.cat(alone), rtol=1e-10, atol=1e-10)
+
+
 def mixing(m: Any, x: Tensor) -> Tensor:
     output, (hidden, _) = m.r(x)
     return output[:, 0] + hidden.roll(1, 1)[0]
