@@ -316,6 +316,24 @@ def test_rows_are_idle_where_all_outputs_are(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [{}]
 
 
+@both_modes
+@pytest.mark.parametrize("autocast", [True, False])
+def test_in_half_precision(autocast: bool, mode: str) -> None:
+    """Gates are computed again in float32, of what the layer got."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    model = Using(nn.LSTM(D, H, 2, bidirectional=True), "ohc").to(torch.float32 if autocast else torch.bfloat16)
+    x = torch.randn(N, T, D, dtype=torch.float32 if autocast else torch.bfloat16)
+    oracle = reference(copy.deepcopy(model).float(), lambda output, _: squares(output).sum(), (x.float(),), x, N)
+    module = GradSampleModuleFastGradientClipping(model, max_grad_norm=1e-2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = squares(module(x).float())
+    MODES[mode](module, losses)
+    torch.testing.assert_close(module.per_sample_gradient_norms, oracle.total_norm(), rtol=0.03, atol=0)
+    total = torch.cat([param.summed_grad.double().flatten() for param in module.parameters()]).norm().item()
+    assert total <= N * 1e-2 * (1 + 1e-6)
+
+
 class Chaos(nn.Module):
     """Roundings grow over time."""
 
