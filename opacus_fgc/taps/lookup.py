@@ -59,8 +59,8 @@ class Registered:
         Uses of one shape go to the function as one batch: a recurrent layer is one call, not one for each step.
         """
         if self.arrange is not None:
-            several = [self._function(layer, call.activations, _by_place(call, backprops)) for call, backprops in uses]
-            return {param: add([forms[param] for forms in several]) for param in several[0]}
+            each = [self._function(layer, call.activations, _by_place(call, backprops)) for call, backprops in uses]
+            return {param: add([self._as_form(one[param], param.shape) for one in each]) for param in each[0]}
         groups: dict[Any, list[tuple[list[Tensor], Tensor]]] = {}
         for call, backprops in uses:
             activations, backprop = _by_sample(call, backprops)
