@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -124,12 +125,12 @@ class ViT(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM on tokens."""
+    """An LSTM on tokens: Opacus', or torch's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Callable[..., nn.Module] = DPLSTM) -> None:
         super().__init__()
         self.embedding = nn.Embedding(1000, 64)
-        self.lstm = DPLSTM(64, 128, batch_first=True)
+        self.lstm = kind(64, 128, batch_first=True)
         self.head = nn.Linear(128, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -264,6 +265,7 @@ MAIN = {
     "ResNet-18 GroupNorm": residual(32),
     "ViT": Workload(ViT, images, classes(10), 16),
     "DPLSTM, T=32": Workload(Recurrent, tokens(32, 1000), classes(2), 32),
+    "LSTM, T=32": Workload(partial(Recurrent, nn.LSTM), tokens(32, 1000), classes(2), 32),
     "LoRA": Workload(lora, tokens(128), classes(2), 16),
     "GPT-2 small, T=256": gpt2(256, 16),
     "GPT-2 small, T=1024": gpt2(1024, 4),

@@ -25,7 +25,8 @@ def _check_layers(module: nn.Module) -> None:
     if not module.training:
         raise UnsupportedModuleError("Model needs to be in training mode; call model.train()")
     for name, layer in trainable_modules(module):
-        if isinstance(layer, nn.MultiheadAttention):
+        # Here torch's own attention and recurrent layers are right as they are.
+        if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
             continue
         for error in ModuleValidator.VALIDATORS.get(type(layer), lambda layer: [])(layer):
             raise UnsupportedModuleError(

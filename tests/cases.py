@@ -172,6 +172,138 @@ def recurrent(kind: Callable, **options: Any) -> nn.Module:
     )
 
 
+def first_of(m: Apply, x: Tensor) -> Tensor:
+    """What a classifier takes of a sequence: the last state of all layers and directions."""
+    state = m.rnn(x)[1]
+    return m.head((state[0] if isinstance(state, tuple) else state).transpose(0, 1).flatten(1))
+
+
+def encoder_decoder(m: Apply, x: Tensor, y: Tensor) -> Tensor:
+    """The decoder begins where the encoder ended, and returns its cell state too."""
+    output, state = m.b(y, m.a(x)[1])
+    return m.head(output).sum(1) + state[1].transpose(0, 1).flatten(1)[:, :2]
+
+
+def in_two_parts(m: Apply, x: Tensor) -> Tensor:
+    first, state = m.rnn(x[:, :2])
+    return m.head(torch.cat([first, m.rnn(x[:, 2:], hx=state)[0]], 1))
+
+
+def recurrent_cases() -> list[Case]:
+    """Torch's own layers, batch first unless said."""
+    rows: list[tuple[str, Callable[[], nn.Module], list[type[nn.Module] | str]]] = [
+        ("lstm", lambda: recurrent(nn.LSTM, batch_first=True), [nn.LSTM]),
+        ("gru", lambda: recurrent(nn.GRU, batch_first=True), [nn.GRU]),
+        ("rnn", lambda: recurrent(nn.RNN, batch_first=True), [nn.RNN]),
+        ("rnn-relu", lambda: recurrent(nn.RNN, batch_first=True, nonlinearity="relu", num_layers=2), []),
+        ("lstm-layers", lambda: recurrent(nn.LSTM, batch_first=True, num_layers=3, bidirectional=True), []),
+        ("gru-layers", lambda: recurrent(nn.GRU, batch_first=True, num_layers=2, bidirectional=True), []),
+        ("lstm-no-bias", lambda: recurrent(nn.LSTM, batch_first=True, bias=False), []),
+        (
+            "lstm-frozen-in-part",
+            lambda: frozen(
+                recurrent(nn.LSTM, batch_first=True, num_layers=2),
+                *("rnn.weight_ih_l0", "rnn.bias_hh_l0", "rnn.weight_hh_l1"),
+            ),
+            [],
+        ),
+        (
+            "lstm-projected",
+            lambda: Apply(
+                lambda m, x: m.head(m.rnn(x)[0]),
+                rnn=nn.LSTM(3, 4, num_layers=2, proj_size=2, batch_first=True, bidirectional=True),
+                head=nn.Linear(4, 2),
+            ),
+            [],
+        ),
+        (
+            "lstm-second-inside",
+            lambda: Apply(
+                lambda m, x: m.head(m.rnn(x.transpose(0, 1))[0].transpose(0, 1)),
+                rnn=nn.LSTM(3, 4),
+                head=nn.Linear(4, 2),
+            ),
+            [],
+        ),
+        ("gru-used-twice", lambda: Apply(in_two_parts, rnn=nn.GRU(3, 4, batch_first=True), head=nn.Linear(4, 2)), []),
+        (
+            "lstm-stacked",
+            lambda: Apply(
+                lambda m, x: m.head(m.b(F.relu(m.a(m.inputs(x))[0]))[0]),
+                inputs=nn.Linear(3, 3),
+                a=nn.LSTM(3, 4, batch_first=True),
+                b=nn.GRU(4, 4, batch_first=True),
+                head=nn.Linear(4, 2),
+            ),
+            [],
+        ),
+        (
+            "rnn-tied",
+            lambda: tied(
+                Apply(
+                    lambda m, x: m.head(m.b(m.a(x)[0])[0]),
+                    a=nn.RNN(3, 3, batch_first=True),
+                    b=nn.RNN(3, 3, batch_first=True),
+                    head=nn.Linear(3, 2),
+                ),
+                *("b", "weight_ih_l0", "a.weight_hh_l0"),
+            ),
+            [],
+        ),
+        *(
+            (
+                f"{kind.__name__.lower()}-last",
+                lambda kind=kind: Apply(
+                    first_of,
+                    rnn=kind(3, 4, num_layers=2, bidirectional=True, batch_first=True),
+                    head=nn.Linear(16, 2),
+                ),
+                [],
+            )
+            for kind in (nn.LSTM, nn.GRU, nn.RNN)
+        ),
+    ]
+    cases = [Case(f"torch-{id}", make, [floats(5, 3)], covers=covers, functorch=False) for id, make, covers in rows]
+    cases += [
+        Case(
+            "torch-lstm-batch-second",
+            lambda: recurrent(nn.LSTM, num_layers=2),
+            [floats(6, 3)],
+            tokens(2, 6),
+            lambda r: OfTimeFirst(classes(r)),
+            batch_first=False,
+        ),
+        Case(
+            "torch-lstm-encoder-decoder",
+            lambda: Apply(
+                encoder_decoder,
+                a=nn.LSTM(3, 4, batch_first=True),
+                b=nn.LSTM(2, 4, batch_first=True),
+                head=nn.Linear(4, 2),
+            ),
+            [floats(5, 3), floats(3, 2)],
+            functorch=False,
+        ),
+        *(
+            Case(
+                f"torch-packed-{layer.__name__.lower()}",
+                lambda layer=layer, options=options, width=width: Apply(
+                    packed, a=layer(3, 4, **options), b=nn.Linear(width, 2, bias=False)
+                ),
+                [floats(6, 3), tokens(6)],
+                functorch=False,
+                empty=False,
+            )
+            for layer, options, width in (
+                (nn.LSTM, {"num_layers": 2, "bidirectional": True}, 8),
+                (nn.GRU, {"bidirectional": True}, 8),
+                (nn.RNN, {}, 4),
+            )
+        ),
+    ]
+    return cases
+
+
 def packed(m: Apply, x: Tensor, lengths: Tensor) -> Tensor:
     sequences = pack_padded_sequence(x, lengths.add(1), batch_first=True, enforce_sorted=False)
     output, hidden = m.a(sequences)
@@ -435,6 +567,7 @@ LAYERS = [
             ("rnn", DPRNN, {}, 4),
         )
     ),
+    *recurrent_cases(),
     *conv_cases(),
 ]
 

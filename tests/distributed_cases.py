@@ -315,6 +315,25 @@ def odd() -> tuple[nn.Module, Tensor, Tensor]:
     return Odd(), torch.randn(11, 3, 4), torch.randint(7, (11,))
 
 
+class Sequences(nn.Module):
+    """Torch's recurrent layers, of both conventions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.LSTM(4, 6, batch_first=True, num_layers=2), nn.GRU(6, 5, bidirectional=True)])
+        self.head = nn.Linear(10, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, (hidden, _) = self.blocks[0](x)
+        output, _ = self.blocks[1]((output + hidden[-1][:, None]).transpose(0, 1))
+        return self.head(output.mean(0))
+
+
+def sequences() -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Sequences(), torch.randn(11, 3, 4), torch.randint(7, (11,))
+
+
 def mixed(model: nn.Module) -> nn.Module:
     """FSDP that computes in float32; in the tests' float64 the parameters and the sums over ranks."""
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)

@@ -20,6 +20,7 @@ from opacus_fgc.per_sample import Convolution, Dense, Outer, PerSampleGradient, 
 from opacus_fgc.per_sample.precision import factor_norms, full_precision, reduced_operations, row_norms
 from opacus_fgc.planner import NormMethod
 from opacus_fgc.privacy_engine import MODES
+from tests.case import Apply
 
 BOUND = 1 + 1e-6
 HALF = (torch.float16, torch.bfloat16)
@@ -248,6 +249,14 @@ SMALL_MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (3, 6, 6),
     ),
     "bilinear": (lambda: Twice(nn.Bilinear(24, 24, 10)), (24,)),
+    "recurrent": (
+        lambda: Apply(
+            lambda m, x: m.gru(m.rnn(x)[0])[0],
+            rnn=nn.RNN(24, 12, batch_first=True),
+            gru=nn.GRU(12, 10, batch_first=True),
+        ),
+        (7, 24),
+    ),
 }
 
 

@@ -31,6 +31,7 @@ from tests.distributed_cases import (
     part,
     private,
     sequence_parallel,
+    sequences,
     several_in_one,
     stream,
     table,
@@ -150,7 +151,7 @@ def test_parts_of_samples_are_refused_by_what_a_layer_is_called_on(group):
 
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
-@pytest.mark.parametrize("make", [checkpointed, odd])
+@pytest.mark.parametrize("make", [checkpointed, odd, sequences])
 @pytest.mark.parametrize("wrap", ways(ddp, fsdp))
 def test_other_ways_to_a_norm(group, make, wrap, mode):
     group(step, make, wrap, mode)

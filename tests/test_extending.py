@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from opacus_fgc import NORM_SAMPLERS, PrivacyEngine, register_norm_sampler
 from opacus_fgc.clipping import RULES, FlatClipping
 from opacus_fgc.loss import MODES
-from opacus_fgc.per_sample import Outer
-from tests.case import Case, floats
+from opacus_fgc.norm_samplers import Arranged
+from opacus_fgc.per_sample import Dense, Outer
+from tests.case import Apply, Case, Square, floats
 from tests.reference import reference
 from tests.test_exact import WAYS, assert_equal, expected, private
 
@@ -52,6 +55,45 @@ def test_a_layer_is_one_function_and_one_case(way: str) -> None:
     for name, param in model.named_parameters():
         assert_equal(param._norm_sample, oracle.norms()[name], name)
         assert_equal(param.summed_grad, clipped[name], name)
+
+
+class Both(nn.Module):
+    """A layer with two outputs, of which one has its batch second; its operations are in C, out of sight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return Square.apply(x, self.weight), Square.apply(2 * x, self.weight).transpose(0, 1)
+
+
+def arrange_both(layer: Both, args: tuple[Any, ...], kwargs: dict[str, Any], output: tuple[Tensor, Tensor]) -> Arranged:
+    outputs = [output[0], output[1].transpose(0, 1)]
+    return Arranged(args, outputs, lambda tapped: (tapped[0], tapped[1].transpose(0, 1)))
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize("way", ["ghost", "ghost_bk"])
+def test_a_layer_of_several_outputs(way: str, used: tuple[int, ...]) -> None:
+    case = Case(
+        "both",
+        lambda: Apply(lambda m, x: sum([m.a(x)[0], m.a(x)[1].transpose(0, 1)][i] for i in used), a=Both()),
+        [floats(3, D)],
+    )
+
+    @register_norm_sampler(Both, arrange=arrange_both)
+    def both(layer: Both, activations: list[Tensor], backprops: list[Tensor]) -> dict[nn.Parameter, Dense]:
+        (x,) = activations
+        return {layer.weight: Dense((x.square() * (backprops[0] + 4 * backprops[1])).sum(1))}
+
+    try:
+        oracle = expected(case, "mean")
+        max_grad_norm = oracle.total_norm().median().item()
+        model, _, _ = private(case, "wrapped", "mean", max_grad_norm, certify="always", **WAYS[way])
+    finally:
+        del NORM_SAMPLERS[Both]
+    assert_equal(model.a.weight.summed_grad, oracle.clipped_sum(max_grad_norm)["a.weight"], "clipped sum")
 
 
 class Normalized(FlatClipping):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from opacus_fgc import NORM_SAMPLERS, GradSampleModuleFastGradientClipping, register_norm_sampler
 from opacus_fgc.per_sample import Outer
 from opacus_fgc.privacy_engine import MODES
+from tests.case import Apply
 from tests.operation_cases import HandWrittenRMSNorm, Own, prompt, vision_transformer
 from tests.reference import reference
 
@@ -20,6 +21,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "operations": (vision_transformer, (1, 4, 4)),
     "own-norm": (lambda: nn.Sequential(nn.Linear(8, 8), HandWrittenRMSNorm(8, True), nn.Linear(8, 3)), (4, 8)),
     "prompt": (lambda: Own(prompt, {"p": (2, 4)}, project=nn.Linear(4, 4), head=nn.Linear(4, 2)), (3, 4)),
+    "recurrent": (
+        lambda: Apply(
+            lambda m, x: m.b(m.a(x)[0])[0], a=nn.RNN(8, 6, 2, batch_first=True), b=nn.GRU(6, 4, batch_first=True)
+        ),
+        (5, 8),
+    ),
     "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), (4, 8)),
 }
 

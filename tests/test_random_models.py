@@ -122,7 +122,7 @@ def block(draw: random.Random, d: int, length: int) -> nn.Module:
         lambda: Attention(nn.MultiheadAttention(d, 2, bias=bias, batch_first=True)),
         lambda: Attention(DPMultiheadAttention(d, 2, bias=bias, batch_first=True)),
         lambda: nn.TransformerEncoderLayer(d, 2, 5, 0.0, batch_first=True, norm_first=bias),
-        lambda: Recurrent(draw.choice([DPLSTM, DPGRU])(d, d, bias=bias, batch_first=True)),
+        lambda: Recurrent(draw.choice([DPLSTM, DPGRU, nn.LSTM, nn.GRU])(d, d, bias=bias, batch_first=True)),
         lambda: AlongPositions(nn.Conv1d(d, d, 3, padding=1, groups=draw.choice([1, 2]), bias=bias)),
         lambda: AlongPositions(nn.ConvTranspose1d(d, d, 3, padding=1, bias=bias)),
         lambda: AlongPositions(nn.GroupNorm(2, d, affine=True)),

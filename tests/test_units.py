@@ -76,6 +76,12 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(packed)[1][0][-1])
 
 
+class RecurrentOfTorch(Recurrent):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(D, 5, num_layers=2, batch_first=True)
+
+
 class Attention(nn.Module):
     """Positions that samples share, layers on tokens, norms, a parameter of no layer."""
 
@@ -122,6 +128,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, .
     "attention": (Attention, lambda n: (torch.randn(n, T, D),)),
     "routed": (Routed, lambda n: (torch.randn(n, T, D),)),
     "packed-sequence": (Recurrent, lambda n: (torch.randn(n, T, D), torch.randint(1, T + 1, (n,)))),
+    "packed-sequence-of-torch": (
+        RecurrentOfTorch,
+        lambda n: (torch.randn(n, T, D), torch.randint(1, T + 1, (n,))),
+    ),
     "zero-head": (
         # Nothing but the head has a gradient at first, as with LoRA.
         lambda: Apply(

@@ -116,23 +116,29 @@ class Comparison:
     def _missing(self, first: Forward, other: Forward, replacement: Replacement) -> list[Seen]:
         """Tensors of layers whose rows are not in order, of which a row is missing of a sample that was not replaced."""
         there: dict[tuple[Any, int], list[Tensor]] = {}
+        in_place: dict[tuple[Any, int, int], list[Tensor]] = {}
         for one in other.seen:
             if one.key in self.dealt_out:
                 there.setdefault((one.key, one.place), []).extend(one.sketches)
+                in_place[one.key, one.call, one.place] = one.sketches
         chosen = torch.tensor(replacement.chosen, device="cpu")
         result = []
         for one in first.seen:
             if one.key not in self.dealt_out or not self.certified(one.key):
                 continue
-            for rows in one.sketches:
+            for axis, rows in enumerate(one.sketches):
                 found = self.owned.get((one.key, one.call))
                 samples = replacement.batch.owners(len(rows)) if found is None else found.samples
                 if samples is None or len(samples) != len(rows):
                     # Rows that no loss depends on, and what has no rows.
                     continue
-                kept = rows[((samples >= 0) & ~torch.isin(samples, chosen)).to(rows.device)]
+                kept = ((samples >= 0) & ~torch.isin(samples, chosen)).to(rows.device)
+                same = in_place.get((one.key, one.call, one.place), [])
+                if axis < len(same) and len(same[axis]) == len(rows):
+                    # Most often they are where they were.
+                    kept &= ~_is_as(rows, same[axis], _rounding(one, rows))
                 among = torch.cat([rows[:0], *there.get((one.key, one.place), [])])
-                if not _are_among(kept, among, _rounding(one, kept)):
+                if kept.any() and not _are_among(rows[kept], among, _rounding(one, rows[kept])):
                     result.append(one)
         return result
 
@@ -147,12 +153,16 @@ def _rounding(one: Seen, rows: Tensor) -> Tensor:
     return 2**6 * one.eps * rows[:, 2:].nan_to_num()
 
 
+def _is_as(rows: Tensor, others: Tensor, allowed: Tensor) -> Tensor:
+    """Which rows are the others in the same places, but for rounding."""
+    return ((rows.nan_to_num() - others.nan_to_num()).abs() <= allowed).all(-1)
+
+
 def _are_among(rows: Tensor, others: Tensor, allowed: Tensor) -> bool:
     """Whether each row is, but for rounding, one of some others."""
-    others = others.nan_to_num()
     at_once = max(1, _AT_ONCE // max(1, len(others)))
-    for part, tolerance in zip(rows.nan_to_num().split(at_once), allowed.split(at_once), strict=True):
-        if not ((part[:, None] - others).abs() <= tolerance[:, None]).all(2).any(1).all():
+    for part, tolerance in zip(rows.split(at_once), allowed.split(at_once), strict=True):
+        if not _is_as(part[:, None], others, tolerance[:, None]).any(1).all():
             return False
     return True
 

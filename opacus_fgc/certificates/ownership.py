@@ -169,6 +169,7 @@ def _found(
     """The owners of the rows of calls whose rows are not the samples in order; and outputs of which a row has not one owner."""
     found: dict[Any, Owned] = {}
     left: list[tuple[Output, int]] = []
+    without: dict[Any, Any] = {}
     out_of_order = {key for key, of_ones in evidence.plain.sketches.items() if not _is_in_order(batch, evidence, key)}
     # What passes for rows in order may be rows without a gradient.
     layers = {key.call.layer for key in out_of_order}
@@ -178,10 +179,10 @@ def _found(
             # Of packed samples the order is known, and has to be that one.
             if key in out_of_order:
                 left.append((key, 0))
-            elif key.call.samples is None and (nothing := evidence.without_gradient(key)).any():
-                expected = batch.owners(len(nothing))
-                assert expected is not None
-                idle[key.call] = Owned(torch.where(nothing, torch.full_like(expected, -1), expected), False)
+            elif key.call.samples is None:
+                nothing = evidence.without_gradient(key)
+                # A row is idle where all outputs of the call are.
+                without[key.call] = without.get(key.call, True) & nothing
             continue
         samples = _owners_by_ratio(evidence, key)
         of_others = found.get(key.call)
@@ -192,6 +193,10 @@ def _found(
             left.append((key, int(wrong[0])))
         else:
             found[key.call] = Owned(samples, positions)
+    for call, nothing in without.items():
+        expected = batch.owners(len(nothing))
+        if expected is not None and nothing.any():
+            idle[call] = Owned(torch.where(nothing, torch.full_like(expected, -1), expected), False)
     return _with_last_positions(found), left
 
 

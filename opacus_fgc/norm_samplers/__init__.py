@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from opacus_fgc.norm_samplers import activation, conv, embedding, linear, normalization, sequence_bias
-from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, NormSampler, register_norm_sampler
+from opacus_fgc.norm_samplers import activation, conv, embedding, linear, normalization, recurrent, sequence_bias
+from opacus_fgc.norm_samplers.registry import NORM_SAMPLERS, Arranged, NormSampler, register_norm_sampler
 
 __all__ = [
     "NORM_SAMPLERS",
+    "Arranged",
     "NormSampler",
     "activation",
     "conv",
     "embedding",
     "linear",
     "normalization",
+    "recurrent",
     "register_norm_sampler",
     "sequence_bias",
 ]

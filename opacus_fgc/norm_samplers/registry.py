@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from opacus_fgc.per_sample import PerSampleGradient
 Forms = dict[Any, PerSampleGradient]
 """The form of each parameter's per-sample gradients."""
 
-NormSampler = Callable[[Any, list[Tensor], Tensor], Mapping[Any, "PerSampleGradient | Tensor"]]
+NormSampler = Callable[[Any, list[Tensor], Any], Mapping[Any, "PerSampleGradient | Tensor"]]
 
 NORM_SAMPLERS: dict[type[nn.Module] | str, NormSampler] = {}
 """``{layer type: norm sampler}``. Opacus' ``GRAD_SAMPLERS`` serves the layers that are not in it."""
@@ -20,6 +20,33 @@ NORM_SAMPLERS: dict[type[nn.Module] | str, NormSampler] = {}
 
 BY_ROW: set[NormSampler] = set()
 """The norm samplers whose forms of rows are no larger than the rows."""
+
+
+class Arranged(NamedTuple):
+    """A call of a layer, as its tap and its norm sampler are to see it.
+
+    Attributes:
+        inputs: the tensors that it was called with, batch first.
+        outputs: the tensors that it returned, likewise.
+        restored: makes what the layer returned of such outputs.
+        orders: the indices by which samples were moved for it, if they were.
+    """
+
+    inputs: tuple[Tensor, ...]
+    outputs: list[Tensor]
+    restored: Callable[[Sequence[Tensor]], Any]
+    orders: Sequence[Tensor] = ()
+
+
+Arrange = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Arranged]
+"""Arranges a call, given the layer, its positional and its keyword arguments, and what it returned."""
+
+ARRANGE: dict[NormSampler, Arrange] = {}
+"""How calls are arranged for those norm samplers that take layers with several outputs."""
+
+
+RECOMPUTES: set[NormSampler] = set()
+"""The norm samplers that compute steps of the forward again."""
 
 
 def norm_sampler_of(layer_type: type) -> NormSampler | None:
@@ -30,6 +57,8 @@ def norm_sampler_of(layer_type: type) -> NormSampler | None:
 def register_norm_sampler(
     target_class_or_classes: type[nn.Module] | str | Sequence[type[nn.Module] | str],
     by_row: bool = False,
+    arrange: Arrange | None = None,
+    recomputes: bool = False,
 ) -> Callable[[NormSampler], NormSampler]:
     """Registers the decorated function as the norm sampler of one or several types of layers.
 
@@ -45,6 +74,11 @@ def register_norm_sampler(
             ``"package.module.Layer"``, need not be imported for it.
         by_row: whether the form of one row takes no more memory than the row does, as factors of a product do. Rows of samples
             that have different numbers of them need no padding then.
+        arrange: for layers with several outputs, or whose tensors have their batch on several axes: arranges a call so that all
+            have it first (`Arranged`). The sampler then gets the arranged inputs, and for backprops a list with one for each
+            arranged output: zeros where the loss does not use it, None where it needs no gradient.
+        recomputes: whether the sampler computes steps of the forward again, each from the one before it, so that roundings grow
+            and its gradients are not those of autograd to the last few of them. Clipped sums are then made of its forms.
 
     Example:
         >>> @register_norm_sampler(Scale)
@@ -58,6 +92,10 @@ def register_norm_sampler(
         NORM_SAMPLERS.update(dict.fromkeys(targets, sampler))
         if by_row:
             BY_ROW.add(sampler)
+        if arrange is not None:
+            ARRANGE[sampler] = arrange
+        if recomputes:
+            RECOMPUTES.add(sampler)
         return sampler
 
     return decorator

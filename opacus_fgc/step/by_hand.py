@@ -26,6 +26,12 @@ _IN_HALF = (
     "DPLossFastGradientClipping; or train in float32"
 )
 
+_RECOMPUTED = (
+    "a loop with two passes by hand does not go with torch's recurrent layers but in float64: norms are of gates that were "
+    "computed again, and the second pass rounds otherwise over time, so that samples may contribute more than max_grad_norm. Use "
+    "a criterion from make_private, or DPLossFastGradientClipping; or take DPLSTM, DPGRU or DPRNN of Opacus"
+)
+
 
 class ClippingCoefficients(Tensor):
     """Clipping coefficients, shape ``(N,)``, that tell what losses they are multiplied with.
@@ -96,7 +102,8 @@ class ByHand(WeightedPass):
         Raises:
             RuntimeError: if there was no backward through the taps.
             ValueError: if a norm is inf or NaN.
-            NotImplementedError: under FSDP and tensor parallel, in half precision and under autocast.
+            NotImplementedError: under FSDP and tensor parallel, in half precision and under autocast, with recurrent layers of
+                torch but in float64.
         """
         if self.layout.forward_communicates:
             raise NotImplementedError(
@@ -106,6 +113,8 @@ class ByHand(WeightedPass):
         coef = self.clipping.coefficients(self.get_norm_sample())
         if self.record.in_half:
             raise PrivacyNotImplementedError(_IN_HALF)
+        if self.record.recomputed:
+            raise PrivacyNotImplementedError(_RECOMPUTED)
         self._second_pass = SecondPass()
         return ClippingCoefficients.of(coef, self._check_by_hand)
 

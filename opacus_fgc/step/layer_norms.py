@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from opacus_fgc._compat.opacus import set_norm_sample
@@ -98,6 +99,7 @@ class LayerNorms(CertifiedModel):
                 else:
                     forms = self._forms(seen, layer)
                 measured = self.record.receive(forms, uses)
+                self.record.recomputed |= _recomputes(layer, uses)
         except (ValueError, RuntimeError) as error:
             raise located(error, layer.name)  # noqa: B904
         for param, one in measured.items():
@@ -160,6 +162,12 @@ class LayerNorms(CertifiedModel):
             yield
         finally:
             self.hooks_enabled = before
+
+
+def _recomputes(layer: Tapped, uses: Sequence[Use]) -> bool:
+    if not isinstance(layer.sampler, Registered) or not layer.sampler.recomputes:
+        return False
+    return any(backprop.dtype is not torch.float64 for use in uses for backprop in use.backprops)
 
 
 _passing: LayerNorms | None = None  # whose private loss is on its way back

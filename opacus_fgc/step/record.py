@@ -50,6 +50,8 @@ class Record:
         made: other such leaves, no parameters, that its outputs depend on.
         owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
         in_half: whether a layer computed in half precision, or under autocast.
+        recomputed: whether gradients came of steps that a sampler computed again in less than float64, so that they are not
+            those of autograd to a few roundings.
         looking: whether activations are searched for inf and NaN.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
@@ -74,6 +76,7 @@ class Record:
         self.made: set[Tensor] = set()
         self.owned: Mapping[Any, Owned] = {}
         self.in_half = False
+        self.recomputed = False
         self.looking = False
         self.first_not_finite = ""
         self.uses = Uses()

@@ -69,8 +69,10 @@ class WeightedPass(NormPass):
 
     def _weighs_exactly(self, loss_per_sample: Tensor) -> bool:
         """Whether the gradient of the weighted loss is, but for roundings of float32, the weighted sum of what was measured."""
-        if self.record.sums.samples is not None or self.record.in_half or is_half(loss_per_sample):
+        if self.record.sums.samples is not None:
             # Inf and NaN of a sample that is dropped would go through all that coefficients can do.
+            return False
+        if self.record.in_half or self.record.recomputed or is_half(loss_per_sample):
             return False
         reduced = reduced_operations(loss_per_sample.device)
         convolves = "conv" in reduced and any(param.dim() > 2 for param in self._module.parameters())

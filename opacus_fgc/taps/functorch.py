@@ -27,6 +27,13 @@ def norms_by_sample(outputs: Sequence[Tensor], axis: int) -> Tensor:
     if any(output.dim() <= axis for output in outputs):
         raise NotImplementedError("it has no norm sampler, and an output without a batch axis")
     rows = [at_least_float32(output.detach()).movedim(axis, 0) for output in outputs]
+    if len({len(row) for row in rows}) > 1:
+        raise NotImplementedError(
+            "it would have to be repeated on one sample at a time (because of force_functorch=True, or of a use of its weights "
+            f"outside of its forward), and its outputs, of shapes {[tuple(output.shape) for output in outputs]}, do not all have "
+            f"the batch on axis {axis}. Leave force_functorch out, and use the weights in its forward only; or return outputs "
+            "that have the batch there"
+        )
     return torch.stack([torch.linalg.vector_norm(row.reshape(len(row), row[:1].numel()), dim=1) for row in rows])
 
 

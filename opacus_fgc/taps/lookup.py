@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc._compat.modules import PRIVATE_NAMES_BESIDE_FORWARD, ConvNd, InstanceNorm, parameters_by_name
 from opacus_fgc.distributed.shards import plain_type
-from opacus_fgc.norm_samplers.registry import BY_ROW, Forms, norm_sampler_of
+from opacus_fgc.norm_samplers.registry import ARRANGE, BY_ROW, RECOMPUTES, Arranged, Forms, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps.functorch import Functorch
 from opacus_fgc.taps.operation_samplers import OpSampler
@@ -34,6 +34,8 @@ class Registered:
 
     Attributes:
         by_row: see `registry.register_norm_sampler`.
+        arrange: likewise.
+        recomputes: likewise.
     """
 
     covers_children = False
@@ -45,6 +47,8 @@ class Registered:
         self._function = function
         self._as_form = as_form
         self.by_row = function in BY_ROW
+        self.arrange = ARRANGE.get(function)
+        self.recomputes = function in RECOMPUTES
 
     def fingerprint(self, outputs: list[Tensor], axis: int) -> None:
         """Needs to know nothing about the outputs."""
@@ -54,6 +58,9 @@ class Registered:
 
         Uses of one shape go to the function as one batch: a recurrent layer is one call, not one for each step.
         """
+        if self.arrange is not None:
+            each = [self._function(layer, call.activations, _by_place(call, backprops)) for call, backprops in uses]
+            return {param: add([self._as_form(one[param], param.shape) for one in each]) for param in each[0]}
         groups: dict[Any, list[tuple[list[Tensor], Tensor]]] = {}
         for call, backprops in uses:
             activations, backprop = _by_sample(call, backprops)
@@ -81,6 +88,29 @@ def _by_sample(call: Call, backprops: tuple[Tensor, ...]) -> tuple[list[Tensor],
         return [call.by_sample(tensor) for tensor in call.activations], call.by_sample(backprops[0])
     activations = [tensor.movedim(axis, 0) if tensor.dim() > axis else tensor for tensor in call.activations]
     return activations, backprops[0].movedim(axis, 0)
+
+
+def _by_place(call: Call, backprops: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """The backprops of an arranged call by the places of its outputs, None for those that need no gradient."""
+    by_place = dict(zip(call.outputs, backprops, strict=True))
+    return [by_place.get(place) for place in range(call.outputs[-1] + 1)]
+
+
+def arranged(
+    layer: nn.Module, sampler: Sampler, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Arranged | None:
+    """How the tap on a call, and its sampler, are to see it; None for as it is.
+
+    Args:
+        layer: the layer.
+        sampler: its sampler.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        output: what it returned.
+    """
+    if not isinstance(sampler, Registered) or sampler.arrange is None:
+        return None
+    return sampler.arrange(layer, args, kwargs, output)
 
 
 def _form_or_norms(gradient: PerSampleGradient | Tensor, shape: torch.Size) -> PerSampleGradient:

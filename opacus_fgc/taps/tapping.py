@@ -20,6 +20,7 @@ from opacus_fgc.certificates.observations import Observations
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.errors import PrivacyNotImplementedError, located
 from opacus_fgc.norm_samplers.embedding import are_joined_bags
+from opacus_fgc.norm_samplers.registry import Arranged
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
@@ -28,6 +29,7 @@ from opacus_fgc.taps.graph import leaves_of
 from opacus_fgc.taps.heads import check_head
 from opacus_fgc.taps.lookup import (
     Sampler,
+    arranged,
     batch_axis,
     holds_only,
     lacks_batch_axis,
@@ -161,6 +163,11 @@ class Tapping(Assignment):
         # What comes of parameters and constants alone is caught where it meets the data.
         if self._taps.ops.active and any(map(self._taps.ops.is_shared, tensors_in(forward_output))):
             return forward_output
+        if (call := _arranged(module, layer, forward_input, forward_kwargs, forward_output)) is not None:
+            self.record.orders += call.orders
+            return call.restored(
+                self._tap(module, layer, call.outputs, (call.inputs, {}), 0, layer.sampler.fingerprint)
+            )
         if self._running.shapes is not None and isinstance(forward_output, Tensor):
             self._running.shapes.setdefault(module, []).append(forward_output.shape)
         batch_first = self.batch_first and module not in self._facts.batch_second
@@ -179,9 +186,8 @@ class Tapping(Assignment):
             inputs: Any = (tuple(tensor.unsqueeze(0) for tensor in tensors_in((forward_input, forward_kwargs))), {})
             row = self._tap(module, layer, forward_output.unsqueeze(0), inputs, 0, layer.sampler.fingerprint)
             return row.squeeze(0)
-        return self._tap(
-            module, layer, forward_output, (forward_input, forward_kwargs), axis, layer.sampler.fingerprint
-        )
+        inputs = (forward_input, forward_kwargs)
+        return self._tap(module, layer, forward_output, inputs, axis, layer.sampler.fingerprint)
 
     def _tap_in_vmap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Puts a tap on what a layer returned in `torch.func.vmap`, whose rows it sees there one by one."""
@@ -249,12 +255,12 @@ class Tapping(Assignment):
         if not params:
             return output
         if self._running.seen is not None:
-            self._look_at(self._running.seen, key, layer, output, inputs, axis)
+            self._look_at(self._running.seen, key, layer.name, _shown(key, inputs, output), axis)
             return output
         entrance, number = self._running.entrance, 0
         if not self._recomputing():
             if self._running.noted is not None:
-                self._look_at(self._running.noted, key, layer, output, inputs, axis)
+                self._look_at(self._running.noted, key, layer.name, _shown(key, inputs, output), axis)
             self._open_record().uses.expect(key, params)
             if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
                 entrance = Entrance(key, *inputs, self._taps.every_module)
@@ -278,16 +284,12 @@ class Tapping(Assignment):
         except NotImplementedError as error:
             raise located(error, layer.name)  # noqa: B904
 
-    def _look_at(
-        self, observations: Observations, key: Any, layer: Tapped, output: Any, inputs: Any, axis: int
-    ) -> None:
-        positions = key in self.certification.by_position
+    def _look_at(self, observations: Observations, key: Any, name: str, values: Sequence[Tensor], axis: int) -> None:
         observations.begin_call(key)
-        tensors = tensors_in(inputs)
-        # Tokens of joined bags are not rows of samples; what comes of them is.
-        for value in tensors_in(output) if not tensors or are_joined_bags(key, tensors) else tensors:
-            value, axes = (value.flatten(0, 1), [0]) if positions and value.dim() > 1 else (value, [axis])
-            observations.look_at(key, layer.name, value, axes, self._running.samples)
+        for value in values:
+            positions = key in self.certification.by_position and value.dim() > 1
+            value, axes = (value.flatten(0, 1), [0]) if positions else (value, [axis])
+            observations.look_at(key, name, value, axes, self._running.samples)
 
     def _tapped(self, key: Any) -> Tapped:
         return self._taps.layers[key] if isinstance(key, nn.Module) else self._facts.operations[key]
@@ -303,6 +305,15 @@ class Tapping(Assignment):
         self._running.samples = None
 
 
+def _arranged(
+    module: nn.Module, layer: Tapped, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Arranged | None:
+    try:
+        return arranged(module, layer.sampler, args, kwargs, output)
+    except (ValueError, NotImplementedError) as error:
+        raise located(error, layer.name)  # noqa: B904
+
+
 def _expanded(inputs: Any, size: int, axis: int) -> Any:
     def expand(tensor: Tensor) -> Tensor:
         if size_of(tensor, axis) != 1:
@@ -310,3 +321,9 @@ def _expanded(inputs: Any, size: int, axis: int) -> Any:
         return tensor.expand(*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
 
     return tree_map_only(Tensor, expand, inputs)
+
+
+def _shown(key: Any, inputs: Any, output: Any) -> list[Tensor]:
+    """What of a call has rows of samples: its inputs; what comes of them, where these are tokens of joined bags."""
+    tensors = tensors_in(inputs)
+    return tensors_in(output) if not tensors or are_joined_bags(key, tensors) else tensors
