@@ -18,10 +18,6 @@ NORM_SAMPLERS: dict[type[nn.Module] | str, NormSampler] = {}
 """``{layer type: norm sampler}``. Opacus' ``GRAD_SAMPLERS`` serves the layers that are not in it."""
 
 
-BY_ROW: set[NormSampler] = set()
-"""The norm samplers whose forms of rows are no larger than the rows."""
-
-
 class Arranged(NamedTuple):
     """A call of a layer, as its tap and its norm sampler are to see it.
 
@@ -41,12 +37,17 @@ class Arranged(NamedTuple):
 Arrange = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Arranged]
 """Arranges a call, given the layer, its positional and its keyword arguments, and what it returned."""
 
-ARRANGE: dict[NormSampler, Arrange] = {}
-"""How calls are arranged for those norm samplers that take layers with several outputs."""
+
+class Traits(NamedTuple):
+    """What `register_norm_sampler` was told of a norm sampler; see there."""
+
+    by_row: bool = False
+    arrange: Arrange | None = None
+    recomputes: bool = False
 
 
-RECOMPUTES: set[NormSampler] = set()
-"""The norm samplers that compute steps of the forward again."""
+TRAITS: dict[NormSampler, Traits] = {}
+"""By norm sampler; not those that were put into `NORM_SAMPLERS` without the decorator."""
 
 
 def norm_sampler_of(layer_type: type) -> NormSampler | None:
@@ -90,12 +91,7 @@ def register_norm_sampler(
 
     def decorator(sampler: NormSampler) -> NormSampler:
         NORM_SAMPLERS.update(dict.fromkeys(targets, sampler))
-        if by_row:
-            BY_ROW.add(sampler)
-        if arrange is not None:
-            ARRANGE[sampler] = arrange
-        if recomputes:
-            RECOMPUTES.add(sampler)
+        TRAITS[sampler] = Traits(by_row, arrange, recomputes)
         return sampler
 
     return decorator

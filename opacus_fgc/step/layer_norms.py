@@ -133,7 +133,7 @@ class LayerNorms(CertifiedModel):
 
     def _forms_by_owner(self, seen: View, layer: Tapped, batch: Batch) -> Forms:
         """The forms where rows are not the samples in order."""
-        by_row = isinstance(layer.sampler, Registered) and layer.sampler.by_row and self.use_ghost_clipping
+        by_row = isinstance(layer.sampler, Registered) and layer.sampler.traits.by_row and self.use_ghost_clipping
         groups = dealt_out(seen.uses, self.record.owned, batch, by_row)
         several = [
             {param: group.form_of(form) for param, form in self._forms(seen._replace(uses=group.uses), layer).items()}
@@ -165,7 +165,7 @@ class LayerNorms(CertifiedModel):
 
 
 def _recomputes(layer: Tapped, uses: Sequence[Use]) -> bool:
-    if not isinstance(layer.sampler, Registered) or not layer.sampler.recomputes:
+    if not isinstance(layer.sampler, Registered) or not layer.sampler.traits.recomputes:
         return False
     return any(backprop.dtype is not torch.float64 for use in uses for backprop in use.backprops)
 

@@ -17,7 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc._compat.modules import PRIVATE_NAMES_BESIDE_FORWARD, ConvNd, InstanceNorm, parameters_by_name
 from opacus_fgc.distributed.shards import plain_type
-from opacus_fgc.norm_samplers.registry import ARRANGE, BY_ROW, RECOMPUTES, Arranged, Forms, norm_sampler_of
+from opacus_fgc.norm_samplers.registry import TRAITS, Arranged, Forms, Traits, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps.functorch import Functorch
 from opacus_fgc.taps.operation_samplers import OpSampler
@@ -33,9 +33,7 @@ class Registered:
         as_form: makes a form of what it returns for a parameter, given the parameter's shape.
 
     Attributes:
-        by_row: see `registry.register_norm_sampler`.
-        arrange: likewise.
-        recomputes: likewise.
+        traits: what is known of the function; see `registry.register_norm_sampler`.
     """
 
     covers_children = False
@@ -46,9 +44,7 @@ class Registered:
         self.name = name
         self._function = function
         self._as_form = as_form
-        self.by_row = function in BY_ROW
-        self.arrange = ARRANGE.get(function)
-        self.recomputes = function in RECOMPUTES
+        self.traits = TRAITS.get(function, Traits())
 
     def fingerprint(self, outputs: list[Tensor], axis: int) -> None:
         """Needs to know nothing about the outputs."""
@@ -58,7 +54,7 @@ class Registered:
 
         Uses of one shape go to the function as one batch: a recurrent layer is one call, not one for each step.
         """
-        if self.arrange is not None:
+        if self.traits.arrange is not None:
             each = [self._function(layer, call.activations, _by_place(call, backprops)) for call, backprops in uses]
             return {param: add([self._as_form(one[param], param.shape) for one in each]) for param in each[0]}
         groups: dict[Any, list[tuple[list[Tensor], Tensor]]] = {}
@@ -108,9 +104,9 @@ def arranged(
         kwargs: its keyword arguments.
         output: what it returned.
     """
-    if not isinstance(sampler, Registered) or sampler.arrange is None:
+    if not isinstance(sampler, Registered) or sampler.traits.arrange is None:
         return None
-    return sampler.arrange(layer, args, kwargs, output)
+    return sampler.traits.arrange(layer, args, kwargs, output)
 
 
 def _form_or_norms(gradient: PerSampleGradient | Tensor, shape: torch.Size) -> PerSampleGradient:
