@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from opacus_fgc import CausalLMLoss, ChunkedCausalLMLoss
 from opacus_fgc.distributed import reductions
 from tests.case import Apply
 from tests.distributed_cases import (
@@ -222,3 +224,27 @@ def by_expert(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("wrap", [ddp, pytest.param(by_expert, marks=needs_fsdp)])
 def test_experts(group, wrap, way, mode):
     group(step, partial(experts_in_one, way), wrap, mode)
+
+
+def in_chunks(mode: str) -> None:
+    """Two steps by the loss in chunks, whose head is called outside of the model's forward."""
+    model = Apply(lambda m, x: m.body(m.table(x)), table=nn.Embedding(7, D), body=nn.Linear(D, D), head=nn.Linear(D, 7))
+    head, x = model.head, torch.randint(7, (9, T))
+    of_all = Apply(lambda m, x: m.model.head(m.model(x)), model=copy.deepcopy(model))
+    expected = reference(of_all, CausalLMLoss(), (x,), x, len(x))
+    before = weights(model)
+    module, optimizer, criterion, _ = private(
+        ddp(model), x, x, criterion=ChunkedCausalLMLoss(), grad_sample_mode=mode, any_batch=True
+    )
+    own = part(x, module.layout.data_rank, module.layout.data_ranks)
+    criterion(module(own), head, own).backward()
+    optimizer.step()
+    for name, exact in expected.clipped_sum(C).items():
+        short = name.removeprefix("model.")
+        moved = (before[short] - weights(module)[short]) * optimizer.expected_batch_size * module.layout.data_ranks
+        torch.testing.assert_close(moved, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+def test_the_loss_in_chunks(group, mode):
+    group(in_chunks, mode)
