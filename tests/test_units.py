@@ -17,22 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import CausalLMLoss, ChunkedCausalLMLoss, PrivacyEngine
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
-from opacus_fgc.loss import MODES
 from opacus_fgc.sampling.units import UnitDataset
 from tests.case import Apply
 from tests.reference import reference
-from tests.test_rows_with_owners import wrapped
+from tests.test_rows_with_owners import both_modes, double, wrapped  # noqa: F401  (a fixture for all tests here)
 
-both_modes = pytest.mark.parametrize("mode", MODES)
 T, D, CLASSES = 5, 4, 3
-
-
-@pytest.fixture(autouse=True)
-def double() -> Any:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def of_unit(unit: Sequence[Any]) -> list[list[int]]:

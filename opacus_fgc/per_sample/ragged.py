@@ -48,12 +48,13 @@ class Ragged(PerSampleGradient):
         ]
         return add(several) if several else None
 
-    def _of_each(self, compute: Callable[[PerSampleGradient], Tensor]) -> Tensor:
-        """What comes of each sample's form, one after another; 0 for samples without a row."""
-        forms = [self._of_one(place) for place in range(self.batch_size)]
-        results = [None if form is None else compute(form) for form in forms]
+    def _of_each(self, compute: Callable[..., Tensor], *others: Ragged) -> Tensor:
+        """What comes of each sample's form, and of those of others, one after another; 0 for samples without a row."""
+        several = (self, *others)
+        forms = [[one._of_one(place) for one in several] for place in range(self.batch_size)]
+        results = [None if None in of_place else compute(*of_place) for of_place in forms]
         like = next((one for one in results if one is not None), None)
-        like = compute(self.forms[0].select(slice(0, 0))) if like is None else like
+        like = compute(*(one.forms[0].select(slice(0, 0)) for one in several)) if like is None else like
         zero = like.new_zeros(1, *like.shape[1:])
         return torch.cat([zero[:0], *(zero if one is None else one for one in results)])
 
@@ -71,11 +72,12 @@ class Ragged(PerSampleGradient):
         return sum(form.summands * count for form, count in zip(self.forms, most, strict=True))
 
     def norm_of_terms(self) -> Tensor:
-        squares = [
-            _sums(widest(form.norm_of_terms()).square(), counts).to(form.norm_of_terms().dtype)
-            for form, counts in self._pairs()
-        ]
-        return torch.stack(squares).sqrt().sum(0)
+        pairs = [(form.norm_of_terms(), counts) for form, counts in self._pairs()]
+        return (
+            torch.stack([_sums(widest(norms).square(), counts).to(norms.dtype) for norms, counts in pairs])
+            .sqrt()
+            .sum(0)
+        )
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         sums = [form.weighted_sum(coef.repeat_interleave(counts.to(coef.device))) for form, counts in self._pairs()]
@@ -84,10 +86,7 @@ class Ragged(PerSampleGradient):
     def inner(self, other: PerSampleGradient) -> Tensor:
         if not isinstance(other, Ragged):
             return super().inner(other)
-        pairs = [(self._of_one(place), other._of_one(place)) for place in range(self.batch_size)]
-        results = [None if a is None or b is None else a.inner(b) for a, b in pairs]
-        like = next((one for one in results if one is not None), self.norm()[:0])
-        return torch.cat([like[:0], *(like.new_zeros(1) if one is None else one for one in results)])
+        return self._of_each(lambda form, of_other: form.inner(of_other), other)
 
     def materialize(self) -> Tensor:
         return self._of_each(lambda form: form.materialize())
