@@ -82,9 +82,13 @@ def unit_numbers(unit: Any, rows: int) -> Tensor:
         raise ValueError(
             f"unit is a tensor of shape {tuple(unit.shape)} and {unit.dtype}; it is one whole number a record, shape ({rows},)"
         )
-    values: Iterable[Hashable] = unit.tolist() if hasattr(unit, "tolist") else unit
     numbers: dict[Hashable, int] = {}
-    result = [numbers.setdefault(value, len(numbers)) for value in values]
+    result = [numbers.setdefault(value, len(numbers)) for value in values_of(unit)]
     if len(result) != rows:
         raise ValueError(f"unit has {len(result)} values, and there are {rows} losses; it is one value a record")
     return torch.tensor(result, dtype=torch.int64, device="cpu")
+
+
+def values_of(unit: Any) -> Iterable[Hashable]:
+    """Units as hashable values, whether they are in a tensor, an array or any iterable."""
+    return unit.tolist() if hasattr(unit, "tolist") else unit

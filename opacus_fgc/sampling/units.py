@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from opacus_fgc.argument_checks import is_count
+from opacus_fgc.certificates.batch import values_of
 from opacus_fgc.sampling.loaders import with_batches
 from opacus_fgc.sampling.poisson import POISSON
 
@@ -32,7 +33,7 @@ class UnitDataset(Dataset):
         self.dataset, self.most = dataset, most
         records: dict[Hashable, list[int]] = {}
         count = 0
-        for value in _values(unit):
+        for value in values_of(unit):
             records.setdefault(value, []).append(count)
             count += 1
         if count != len(dataset):
@@ -121,7 +122,3 @@ def of_units(loader: DataLoader, unit: Any, records_per_unit: int | None) -> Dat
 def is_of_units(loader: DataLoader) -> bool:
     """Whether the samples of a loader are units of several records."""
     return isinstance(loader.dataset, UnitDataset)
-
-
-def _values(unit: Any) -> Iterable[Hashable]:
-    return unit.tolist() if hasattr(unit, "tolist") else unit
