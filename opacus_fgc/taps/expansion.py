@@ -89,7 +89,7 @@ class Expanding(Meeting):
         first = self._axis(dims)
         if copies and size is not None and tensor.requires_grad and tensor.dim() == dims > first:
             times = sizes[first]
-            if times > 1 and tensor.shape[first] > 1:
+            if times != 1 and tensor.shape[first] > 1:
                 # Several rows a sample, as of its heads, one sample after another.
                 sizes = [*sizes[:first], times, 1, *sizes[first + 1 :]]
                 several = self._expand_to(self._mark(tensor.unsqueeze(first)), sizes, copies)
