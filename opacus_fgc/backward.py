@@ -31,7 +31,8 @@ def double_backward(
 ) -> None:
     """Ghost clipping: one backward pass for the norms, one for the clipped sum (Li et al. 2022, arXiv:2110.05679).
 
-    What the first pass can keep in little room is spared the second; see `planner.Memory`.
+    Where one pass that keeps all for the clipped sum takes no more memory than the step without privacy, by what forward left in
+    memory, it is one pass. Else what the first pass can keep in little room is spared the second. See `planner.Memory`.
 
     Args:
         module: the wrapped model, or the hooks on it.
@@ -39,7 +40,10 @@ def double_backward(
         loss_scale: see `GradSampleHooksFastGradientClipping.first_pass`.
         retain_graph: likewise.
     """
-    _clipped_backward(module, loss_per_sample, loss_scale, retain_graph, MEMORY.ghost)
+    # A graph that is retained gives no memory up as backward goes.
+    in_one_pass = not retain_graph and module.has_room_for_one_pass(loss_per_sample, MEMORY.peak)
+    keep = MEMORY.ghost_bk if in_one_pass else MEMORY.ghost
+    _clipped_backward(module, loss_per_sample, loss_scale, retain_graph, keep)
 
 
 def book_keeping(

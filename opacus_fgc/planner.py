@@ -96,12 +96,15 @@ class Memory:
     Attributes:
         temporary: the most bytes that one temporary of a layer takes; larger work is done in slices of the batch.
             (The gradient of one sample is the least that is formed at a time.)
-        ghost: what mode "ghost" keeps of its first pass, which spares the second pass these parameters.
+        peak: in mode "ghost" the most that one backward pass may take by estimate, as a multiple of what the step without privacy
+            takes, or two passes do. Within it one pass keeps what "ghost_bk" keeps; beyond it there are two.
+        ghost: what mode "ghost" keeps of the first of two passes, which spares the second pass these parameters.
         ghost_bk: what mode "ghost_bk" keeps. All forms are kept; ``share`` bounds the per-sample gradients that are kept in
             place of activations and backprops since they are the faster method.
     """
 
     temporary: int = 2**25
+    peak: float = 1.1
     ghost: KeepPolicy = KeepPolicy(share=1 / 6)
     ghost_bk: KeepPolicy = KeepPolicy(share=1.3, everything=True)
 

@@ -17,6 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from opacus_fgc.planner import MEMORY
+
 PATIENCE = 60
 """Seconds after which a function that does not return counts as hung; a quarter of it after a rank has failed."""
 
@@ -24,6 +26,7 @@ PATIENCE = 60
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    MEMORY.peak = 0  # as in conftest.py
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=PATIENCE)
     )

@@ -6,12 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint_sequential
 
 from opacus_fgc import GradSampleModuleFastGradientClipping, planner
 from opacus_fgc.loss import book_keeping, double_backward
 from opacus_fgc.per_sample import Convolution, Dense, Outer, PerSampleGradient, SumOverPositions, add, convolution
 from opacus_fgc.planner import NO_ROOM, KeepPolicy, NormMethod, Room
+from opacus_fgc.step.held import Held
 from tests.case import Case, floats
 from tests.operation_cases import CASES
 from tests.test_exact import assert_equal, expected, private
@@ -155,6 +157,85 @@ def test_ghost_spares_the_second_pass_where_all_can_be_kept(monkeypatch: pytest.
     module = GradSampleModuleFastGradientClipping(model)
     double_backward(module, module(torch.randn(4, 64)).square().sum(1))
     assert not module.record.unkept
+
+
+class Chain(nn.Module):
+    """Layers one after another, whose outputs the graph holds; in a checkpoint or not."""
+
+    def __init__(self, segments: int = 0) -> None:
+        super().__init__()
+        self.segments = segments
+        self.layers = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (
+            checkpoint_sequential(self.layers, self.segments, x, use_reentrant=False)
+            if self.segments
+            else self.layers(x)
+        )
+
+
+class Added(nn.Module):
+    """Layers side by side, whose outputs are let go of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(layer(x) for layer in self.layers)
+
+
+def makes_one_pass(model: nn.Module, x: Tensor, retain_graph: bool = False) -> bool:
+    module = GradSampleModuleFastGradientClipping(model)
+    double_backward(module, module(x).square().flatten(1).sum(1), retain_graph=retain_graph)
+    return not module.record.unkept
+
+
+@pytest.fixture
+def of_default_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mode "ghost" as users have it; where it makes two passes, the first keeps nothing."""
+    monkeypatch.setattr(planner.MEMORY, "peak", planner.Memory().peak)
+    monkeypatch.setattr(planner.MEMORY, "ghost", planner.NOTHING)
+
+
+@pytest.mark.usefixtures("of_default_peak")
+def test_ghost_makes_one_pass_where_memory_allows() -> None:
+    x = torch.randn(16, 8, 64)
+    assert makes_one_pass(Chain(), x)
+    # The gradients of the parameters are all that matters.
+    assert makes_one_pass(Added(), x[:1])
+
+
+@pytest.mark.usefixtures("of_default_peak")
+def test_ghost_makes_two_passes_where_one_takes_more() -> None:
+    x = torch.randn(16, 8, 64)
+    assert not makes_one_pass(Added(), x)
+    assert not makes_one_pass(Chain(segments=4), x)
+    # Nothing of the graph is given up.
+    assert not makes_one_pass(Chain(), x, retain_graph=True)
+
+
+def test_peaks() -> None:
+    """By hand, in elements: the most is held at the first layer, whose backprops and input gradients come on top."""
+    held = Held()
+    x, y, z = torch.zeros(4, 8), torch.zeros(4, 16), torch.zeros(4, 2)
+    held.note("first", [x], [y], [torch.zeros(16, 8)])
+    held.note("second", [y], [z], [torch.zeros(2, 16)])
+    del z  # as nothing in the graph keeps it
+    activations, passing, gradient_of_second, kept_of_second = 32 + 64, 64 + 32, 32, 8 + 64
+    plain, one_pass, two_passes = (size / 8 for size in held.peaks(4))
+    assert plain == activations + gradient_of_second + passing
+    assert one_pass == activations + kept_of_second + passing
+    assert two_passes == activations + passing
+    # Of one sample, the second layer's gradient takes less than what it is made of.
+    assert held.peaks(1).one_pass / 8 == activations + gradient_of_second + passing
+
+
+@pytest.mark.usefixtures("of_default_peak")
+def test_one_pass_equals_oracle() -> None:
+    for case in CASES:
+        check(case, double_backward)
 
 
 @pytest.mark.parametrize("form", [linear(5, 4, 3, 6), linear(1, 4, 3, 6), conv(2, 4, 6), Dense(torch.randn(6, 4, 3))])

@@ -73,6 +73,16 @@ class NormPass(LayerNorms):
             )
         self.clipped_sum.check_norm(self.max_grad_norm)
 
+    def has_room_for_one_pass(self, loss_per_sample: Tensor, peak: float) -> bool:
+        """Whether one backward pass can keep all for the clipped sum on each rank, by what forward left in memory.
+
+        Args:
+            loss_per_sample: one loss a sample, shape ``(N,)``.
+            peak: the most memory that it may take, as a multiple of what the step without privacy takes, or two passes do.
+        """
+        peaks = self.record.held.peaks(len(loss_per_sample))
+        return self.layout.on_all_ranks(peaks.one_pass <= peak * max(peaks.plain, peaks.two_passes))
+
     def first_pass(
         self,
         loss_per_sample: Tensor,

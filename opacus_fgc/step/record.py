@@ -16,6 +16,7 @@ from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
 from opacus_fgc.per_sample.precision import full_precision, is_half, widened
 from opacus_fgc.planner import KeepBudget, Room
+from opacus_fgc.step.held import Held
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.sums import WeightedSums
 from opacus_fgc.step.uses import Step, Uses
@@ -50,6 +51,7 @@ class Record:
         made: other such leaves, no parameters, that its outputs depend on.
         owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
         in_half: whether a layer computed in half precision, or under autocast.
+        held: what its forward left in memory.
         recomputed: whether gradients came of steps that a sampler computed again in less than float64, so that they are not
             those of autograd to a few roundings.
         looking: whether activations are searched for inf and NaN.
@@ -80,6 +82,7 @@ class Record:
         self.looking = False
         self.first_not_finite = ""
         self.uses = Uses()
+        self.held = Held()
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._summed: set[Any] = set()
@@ -91,7 +94,7 @@ class Record:
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.batch = self.batch_size_seen, self.batch
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
-        other.owned = self.owned
+        other.owned, other.held = self.owned, self.held
         other.uses.expected, other.step = self.uses.expected, self.step
         other.brought, other.made = self.brought, self.made
         return other
@@ -112,6 +115,20 @@ class Record:
     def wants(self, params: Iterable[Any]) -> bool:
         """Whether anything is to be computed of one of these parameters."""
         return self.phase is not Phase.WEIGHTED_PASS or not self._summed.isdisjoint(params)
+
+    def expect(
+        self, layer: Any, params: Sequence[Tensor], activations: Iterable[Tensor], outputs: Iterable[Tensor]
+    ) -> None:
+        """Notes one more use of a layer in forward.
+
+        Args:
+            layer: the layer, or what stands for a tapped operation.
+            params: its parameters.
+            activations: what it was called on.
+            outputs: what came of it.
+        """
+        self.uses.expect(layer, params)
+        self.held.note(layer, activations, outputs, params)
 
     def take(self, layer: Any, use: Use, loss_reduction: str) -> Sequence[Use]:
         """Takes in one use of a layer, whose backprops came.

@@ -1,0 +1,135 @@
+"""What a step's forward left in memory for backward, as its taps see it, and how much memory ways to go back will take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from opacus_fgc.distributed.mesh import local
+
+
+class Peaks(NamedTuple):
+    """Estimates of the most bytes that are held at a time.
+
+    Attributes:
+        plain: in the step without privacy.
+        one_pass: where one backward pass keeps all that the clipped sum needs, as memory is given up from the last layer to the
+            first: of a layer its activations and backprops, or the gradients of its samples where they take less.
+        two_passes: where the graph is kept for a second pass, and the uses of a layer until all of them came.
+    """
+
+    plain: int
+    one_pass: int
+    two_passes: int
+
+    def raised(self, *levels: int) -> Peaks:
+        """The peaks when so many bytes are held."""
+        return Peaks(*map(max, self, levels))
+
+
+class _Piece(NamedTuple):
+    storage: StorageWeakRef
+    size: int
+
+
+class _Call(NamedTuple):
+    layer: Any
+    activations: list[_Piece]
+    outputs: list[_Piece]
+    gradient: int
+
+
+class _Layer:
+    """What came of a layer's calls so far, on the way back."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.backprops = 0
+        self.kept = 0
+
+
+def _pieces(tensors: Iterable[Tensor]) -> list[_Piece]:
+    pieces = []
+    for tensor in map(local, tensors):
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            size = min(storage.nbytes(), tensor.element_size() * tensor.numel())
+            pieces.append(_Piece(StorageWeakRef(storage), size))
+    return pieces
+
+
+def _bytes(pieces: Iterable[_Piece]) -> int:
+    return sum(piece.size for piece in pieces)
+
+
+class Held:
+    """What autograd holds at the end of a forward: the activations of its taps, and those outputs that other operations keep.
+
+    What else an operation keeps, such as the results of a softmax, is not seen, so that the whole is a lower bound. What a
+    checkpoint or an offload has let go of does not count.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+
+    def note(
+        self, layer: Any, activations: Iterable[Tensor], outputs: Iterable[Tensor], params: Sequence[Tensor]
+    ) -> None:
+        """Notes a call, in the order of forward.
+
+        Args:
+            layer: what was called.
+            activations: what it was called on.
+            outputs: what came of it.
+            params: its parameters.
+        """
+        gradient = sum(param.numel() * param.element_size() for param in map(local, params))
+        self._calls.append(_Call(layer, _pieces(activations), _pieces(outputs), gradient))
+
+    def peaks(self, samples: int) -> Peaks:
+        """Estimates what ways to go back will take.
+
+        Args:
+            samples: number of samples.
+        """
+        layers: dict[Any, _Layer] = {}
+        given_up = self._given_up(layers)
+        plain = one_pass = two_passes = sum(given_up)
+        peaks = Peaks(plain, one_pass, two_passes)
+        kept: set[Any] = set()
+        for call, freed in zip(reversed(self._calls), reversed(given_up), strict=True):
+            layer, backprops = layers[call.layer], _bytes(call.outputs)
+            passing = backprops + _bytes(call.activations)
+            peaks = peaks.raised(plain + passing, one_pass + passing, two_passes + passing)
+            own = backprops + _bytes(piece for piece in call.activations if piece.storage.cdata not in kept)
+            kept.update(piece.storage.cdata for piece in call.activations)
+            layer.calls -= 1
+            layer.backprops += backprops
+            layer.kept += own
+            plain -= freed
+            one_pass += own - freed
+            two_passes += backprops
+            if not layer.calls:
+                plain += call.gradient
+                one_pass -= max(0, layer.kept - samples * call.gradient)
+                two_passes -= layer.backprops
+        return peaks.raised(plain, one_pass, two_passes)
+
+    def _given_up(self, layers: dict[Any, _Layer]) -> list[int]:
+        """The bytes that are given up with each call; counts the calls of each layer."""
+        first: dict[Any, int] = {}
+        sizes: dict[Any, int] = {}
+        for number, call in enumerate(self._calls):
+            layers.setdefault(call.layer, _Layer()).calls += 1
+            for piece in (*call.activations, *call.outputs):
+                if not piece.storage.expired():
+                    first.setdefault(piece.storage.cdata, number)
+                    sizes[piece.storage.cdata] = max(sizes.get(piece.storage.cdata, 0), piece.size)
+        given_up = [0] * len(self._calls)
+        for storage, number in first.items():
+            given_up[number] += sizes[storage]
+        return given_up
