@@ -181,8 +181,13 @@ def _is_plain(layer: nn.Module) -> bool:
     return not (
         any(isinstance(value, Tensor) for value in own.values())
         or any(param is not None and param.is_complex() for param in parameters_by_name(layer).values())
-        or any(callable(inspect.getattr_static(kind, name, None)) for name in own)
+        or any(_is_method(kind, name) for name in own)
     )
+
+
+@cache
+def _is_method(kind: type, name: str) -> bool:
+    return callable(inspect.getattr_static(kind, name, None))
 
 
 @cache
