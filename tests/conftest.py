@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-
 # For a GPU that is not there, `torch.manual_seed` keeps its whole stack to be called later, which takes a millisecond each time.
 for absent in (torch.cuda, torch.xpu, torch.mtia):
     if not absent.is_available():
