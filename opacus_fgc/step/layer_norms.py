@@ -122,8 +122,9 @@ class LayerNorms(CertifiedModel):
         except NormsOnlyError:
             # Functorch answers for the children as well, but they have taps of their own.
             forms = find_gradient_sampler(seen.layer)(seen.layer, seen.uses, self.record.interleave)
-        if seen.params is layer.params:
-            return {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
+        else:
+            if seen.params is layer.params:  # so that the forms are of just these
+                return {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
         own = {seen.params[name]: param for name, param in layer.params.items()}
         return {
             own[param]: self._as_configured(form)
