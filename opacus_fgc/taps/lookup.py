@@ -181,13 +181,13 @@ def _is_plain(layer: nn.Module) -> bool:
     return not (
         any(isinstance(value, Tensor) for value in own.values())
         or any(param is not None and param.is_complex() for param in parameters_by_name(layer).values())
-        or any(_is_method(kind, name) for name in own)
+        # To look for those first that no class has spares most of the time that it takes to wrap a small layer.
+        or any(_has(kind, name) and callable(inspect.getattr_static(kind, name, None)) for name in own)
     )
 
 
-@cache
-def _is_method(kind: type, name: str) -> bool:
-    return callable(inspect.getattr_static(kind, name, None))
+def _has(kind: type, name: str) -> bool:
+    return any(name in vars(base) for base in kind.__mro__)
 
 
 @cache
