@@ -69,7 +69,10 @@ def refuse_hidden_parameters(model: nn.Module) -> None:
 def check_forms(params: Mapping[str, Any], forms: Mapping[Any, PerSampleGradient]) -> None:
     """Raises if a sampler did not answer for just the parameters of its layer."""
     for param, form in forms.items():
-        if not any(param is own for own in params.values()):
+        for own in params.values():
+            if own is param:
+                break
+        else:
             raise ValueError(
                 f"its sampler gives per-sample gradients for something of shape {tuple(param.shape)} that is no parameter of "
                 "its own; those of its children have taps of their own"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import dp_accounting
@@ -46,9 +46,15 @@ def spent(accountant: dp_accounting.PrivacyAccountant, history: list[Steps], del
     return accountant.get_epsilon(delta)
 
 
+@cache
+def tightly_spent(history: tuple[Steps, ...], delta: float) -> float:
+    """The same whatever the mode, so once for all."""
+    return spent(PLDAccountant(value_discretization_interval=1e-3), list(history), delta)
+
+
 def check(engine: PrivacyEngine, history: list[Steps], delta: float) -> None:
     epsilon = engine.get_epsilon(delta)
-    tight = spent(PLDAccountant(value_discretization_interval=1e-3), history, delta)
+    tight = tightly_spent(tuple(history), delta)
     if engine.accountant.mechanism() == "rdp":
         # At orders between integers Google's series is a bound, since it adds up terms without their signs.
         at_orders = engine.accountant.get_epsilon(delta, alphas=ORDERS)

@@ -200,19 +200,20 @@ def half_of_the_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PRVAccountant, "step", step)
 
 
+# What is broken here is the same object in both modes, but for norms; so each of the others is broken in one.
 @pytest.mark.parametrize(
-    "break_it",
+    "mode, break_it",
     [
-        without_clipping,
-        clipping_to_more,
-        norms_without_one_parameter,
-        noise_by_a_smaller_norm,
-        noise_on_all_but_one_parameter,
-        rate_of_half,
-        half_of_the_steps,
+        ("ghost", without_clipping),
+        ("ghost_bk", clipping_to_more),
+        ("ghost", norms_without_one_parameter),
+        ("ghost_bk", norms_without_one_parameter),
+        ("ghost", noise_by_a_smaller_norm),
+        ("ghost_bk", noise_on_all_but_one_parameter),
+        ("ghost", rate_of_half),
+        ("ghost_bk", half_of_the_steps),
     ],
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_the_audit_sees_what_is_broken(mode: str, break_it: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(monkeypatch)
     bound, epsilon = audit(mode)

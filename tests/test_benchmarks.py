@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from opacus_fgc.planner import MEMORY
 from tests.distributed_cases import needs_fsdp
 from tests.ranks import ranks
+from tests.scripts import run_here
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tabulate")
@@ -128,11 +129,11 @@ def test_tables_are_read_as_they_were_written():
 def test_draw(tmp_path):
     page, picture = tmp_path / "page.md", tmp_path / "page.png"
     page.write_text(tables({"MLP": figures(8.0, 2.0, 2.0, 1.0)}))
-    command = [sys.executable, BENCHMARK.with_name("draw.py"), page, picture]
-    subprocess.run(command, check=True)
+    draw = BENCHMARK.with_name("draw.py")
+    assert run_here(draw, page, picture).returncode == 0
     assert picture.stat().st_size > 0
     page.write_text("nothing")
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = run_here(draw, page, picture)
     assert run.returncode == 2
     assert "none of the tables" in run.stderr
 
@@ -160,7 +161,7 @@ def test_step(tmp_path):
 
 
 def test_step_refuses_names_that_match_nothing():
-    run = subprocess.run([sys.executable, BENCHMARK, "--only", "MPL"], capture_output=True, text=True, check=False)
+    run = run_here(BENCHMARK, "--only", "MPL")
     assert run.returncode == 2
     assert "'MPL' matches none of: MLP; " in run.stderr
 
@@ -241,11 +242,12 @@ def test_distributed(tmp_path):
 
 
 def test_distributed_formulas():
-    run = subprocess.run([sys.executable, DISTRIBUTED, "--formulas"], capture_output=True, text=True, check=True)
+    run = run_here(DISTRIBUTED, "--formulas")
+    assert run.returncode == 0
     assert "6,714,727,680 parameters" in run.stdout
 
 
 def test_distributed_refuses_too_few_ranks():
-    run = subprocess.run([sys.executable, DISTRIBUTED, "--only", "hsdp"], capture_output=True, text=True, check=False)
+    run = run_here(DISTRIBUTED, "--only", "hsdp")
     assert run.returncode == 2
     assert "hsdp need --ranks 4" in run.stderr

@@ -34,9 +34,20 @@ MATRIX = [
 ]
 
 
+OF_THE_TABLE = set(map(id, CASES))
+ORACLES: dict[tuple[int, str, int], Reference] = {}
+
+
 def expected(case: Case, reduction: str, n: int = N) -> Reference:
+    """What the oracle gives; of a case of the table once for all ways, since model and data are the same ones each time."""
+    key = id(case), reduction, n
+    if key in ORACLES:
+        return ORACLES[key]
     model, inputs, target = case.make(n)
-    return reference(model, case.loss(reduction), inputs, target, n, 0 if case.batch_first else 1)
+    oracle = reference(model, case.loss(reduction), inputs, target, n, 0 if case.batch_first else 1)
+    if id(case) in OF_THE_TABLE:
+        ORACLES[key] = oracle
+    return oracle
 
 
 def private(case: Case, entry: str, reduction: str, max_grad_norm: float, n: int = N, **options):

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.distributed_cases import needs_fsdp
+from tests.scripts import run_here
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("mode", [pytest.param("ghost", marks=pytest.mark.slow), "ghost_bk"])
 def test_digits(mode: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     picture = tmp_path / "digits.png"
@@ -39,9 +40,7 @@ def test_digits_compared() -> None:
 )
 def test_digits_refuses_bad_arguments(option: str, value: str, error: str) -> None:
     pytest.importorskip("sklearn")
-    run = subprocess.run(
-        [sys.executable, EXAMPLES / "digits.py", option, value], capture_output=True, text=True, check=False
-    )
+    run = run_here(EXAMPLES / "digits.py", option, value)
     assert run.returncode == 2
     assert error in run.stderr
 
@@ -61,6 +60,6 @@ def test_distributed() -> None:
 
 def test_distributed_says_how_to_start_it() -> None:
     pytest.importorskip("sklearn")
-    run = subprocess.run([sys.executable, EXAMPLES / "distributed.py"], capture_output=True, text=True, check=False)
+    run = run_here(EXAMPLES / "distributed.py")
     assert run.returncode == 2
     assert "torchrun" in run.stderr

@@ -46,23 +46,21 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind, experts", ROWS)
-def test_equals_oracle(kind: str, experts: str | None, mode: str) -> None:
+def test_equals_oracle(kind: str, experts: str | None) -> None:
     """In double precision to 1e-10, also of what the models compute in float32; torch has `grouped_mm` in float32 only."""
     single = experts == "grouped_mm"
     dtype = torch.float32 if single else torch.float64
     torch.set_default_dtype(dtype)
     subject = built(TASKS["causal-lm"], kind, MODELS[kind], experts, dtype)
     with nullcontext() if single else InDouble():
-        assert difference(subject, mode) <= (IN_FLOAT32 if single else TOLERANCE)
+        assert difference(subject, *MODES) <= (IN_FLOAT32 if single else TOLERANCE)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["gpt_oss", "mixtral"])
-def test_what_transformers_has_in_place_of_grouped_mm(kind: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_transformers_has_in_place_of_grouped_mm(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     moe = pytest.importorskip("transformers.integrations.moe")
     monkeypatch.setattr(moe, "_can_use_grouped_mm", lambda *args: False)
     subject = built(TASKS["causal-lm"], kind, MODELS[kind], "grouped_mm", torch.float64)
     with InDouble():
-        assert difference(subject, mode) <= TOLERANCE
+        assert difference(subject, *MODES) <= TOLERANCE

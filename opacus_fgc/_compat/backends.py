@@ -18,5 +18,6 @@ def fp32_precision_getter(settings: Any, operation: str) -> Callable[[], str]:
         settings: of one operation of a backend, such as ``torch.backends.cuda.matmul``.
         operation: that operation, "matmul" or "conv".
     """
-    ask, backend = getattr(torch._C, "_get_fp32_precision_getter", None), getattr(settings, "backend", None)
+    ask = getattr(torch._C, "_get_fp32_precision_getter", None)
+    backend = "cuda" if settings is torch.backends.cuda.matmul else getattr(settings, "backend", None)
     return partial(ask, backend, operation) if ask and backend else partial(getattr, settings, "fp32_precision")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -93,11 +93,20 @@ class Unsharded:
 
     def of(self, param: Any) -> Tensor:
         """What layers see in the place of a parameter; itself outside of FSDP."""
-        return self._seen.get(param, param)
+        # To look a tensor up takes a call of Python's, here for every use of every parameter.
+        return self._seen.get(param, param) if self._seen else param
+
+    def of_each(self, params: Iterable[Any]) -> Iterable[Tensor]:
+        """The same of several parameters; these themselves outside of FSDP."""
+        return map(self.of, params) if self._seen else params
+
+    def of_named(self, params: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The same of parameters by name; the mapping itself outside of FSDP."""
+        return {name: self.of(param) for name, param in params.items()} if self._seen else params
 
     def parameter(self, tensor: Any) -> Any:
         """The parameter in whose place a tensor is."""
-        return self._parameters.get(tensor, tensor)
+        return self._parameters.get(tensor, tensor) if self._parameters else tensor
 
 
 class View(NamedTuple):
@@ -126,12 +135,9 @@ def view(layer: Any, uses: Sequence[Use], params: Mapping[str, Tensor]) -> View:
         NotImplementedError: if it is a layer whose shards of per-sample gradients are not known.
     """
     meshes = {tensor.device_mesh for tensor in params.values() if isinstance(tensor, DTensor)}
-    meshes.update(
-        tensor.device_mesh
-        for use in uses
-        for tensor in (*use.call.activations, *use.backprops)
-        if isinstance(tensor, DTensor)
-    )
+    for call, backprops in uses:
+        meshes.update([tensor.device_mesh for tensor in call.activations if isinstance(tensor, DTensor)])
+        meshes.update([tensor.device_mesh for tensor in backprops if isinstance(tensor, DTensor)])
     if not meshes:
         return View(layer, uses, params)
     (mesh,) = meshes

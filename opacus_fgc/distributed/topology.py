@@ -145,6 +145,8 @@ class Layout:
 
     def of_any(self, params: Sequence[Any]) -> list[Any]:
         """Those parameters that are among the ``params`` of this rank, or of one that has to run as many backward passes."""
+        if not params and not self.forward_communicates:
+            return []
         among = set(params)
         flags = self.all_reduce_max([param in among for param in self.params])
         return [param for param, flag in zip(self.params, flags, strict=True) if flag]

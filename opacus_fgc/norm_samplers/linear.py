@@ -27,9 +27,9 @@ def linear(layer: nn.Linear, activations: list[Tensor], backprops: Tensor) -> Fo
     if len(activations) > 1:
         return head(layer, activations, backprops)
     left = as_positions(backprops)
-    forms = _bias(layer, left)
-    if layer.weight.requires_grad:
-        forms[layer.weight] = Outer(left, as_positions(activations[0]).to(left.dtype).conj(), layer.weight.shape)
+    forms, weight = _bias(layer, left), layer.weight
+    if weight.requires_grad:
+        forms[weight] = Outer(left, as_positions(activations[0]).to(left.dtype).conj(), weight.shape)
     return forms
 
 
@@ -57,8 +57,7 @@ def bilinear(layer: nn.Bilinear, activations: list[Tensor], backprops: Tensor) -
 
 
 def _bias(layer: Any, backprops: Tensor) -> Forms:
-    if layer.bias is None or not layer.bias.requires_grad:
+    bias = layer.bias
+    if bias is None or not bias.requires_grad:
         return {}
-    return {
-        layer.bias: Dense(backprops[:, 0, 0] if backprops.shape[2] == 1 else at_least_float32(backprops).sum((1, 2)))
-    }
+    return {bias: Dense(backprops[:, 0, 0] if backprops.shape[2] == 1 else at_least_float32(backprops).sum((1, 2)))}

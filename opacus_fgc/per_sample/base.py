@@ -179,7 +179,7 @@ class Dense(PerSampleGradient):
     def __init__(self, values: Tensor) -> None:
         self.values = at_least_float32(values)
         self.shape = values.shape[1:]
-        self.batch_size = len(values)
+        self.batch_size = values.shape[0]
 
     @property
     def elements(self) -> int:

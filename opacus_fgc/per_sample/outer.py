@@ -93,7 +93,7 @@ class Outer(SumOverPositions):
         self.left = left if left.dim() == 4 else left.unsqueeze(1)
         self.right = right if right.dim() == 4 else right.unsqueeze(1)
         self.shape = shape
-        self.batch_size = len(left)
+        self.batch_size = left.shape[0]
 
     @property
     def elements(self) -> int:
@@ -144,7 +144,7 @@ class Outer(SumOverPositions):
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         left, right = at_least_float32(self.left), at_least_float32(self.right)
-        coef = coef.to(left.dtype.to_real())[:, None, None, None]
+        coef = coef.to(left.dtype.to_real()).view(-1, 1, 1, 1)
         if left.shape[3] < right.shape[3]:
             left = left * coef
         else:

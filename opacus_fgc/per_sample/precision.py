@@ -25,6 +25,8 @@ _SHORT, _PIECE = 1024, 512
 # How many terms of the inner products of a Gram matrix are added up at once; see `product`.
 GRAM_TERMS = 2**11
 
+_AS_IT_IS: AbstractContextManager = nullcontext()
+
 # So many elements are few: wide norms of them take less time than a question.
 _FEW = 2**13
 
@@ -99,6 +101,8 @@ def factor_norms(rows: Tensor) -> Tensor:
         smallest, largest = torch.stack(norms.aminmax()).tolist()
         if smallest >= least_norm(rows.shape[-1], norms.dtype) and largest < math.inf:
             return norms
+    if rows.dtype is torch.float32 and rows.shape[-1] <= _SHORT and rows.device.type != "mps":
+        return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)  # the same, by one operation
     return row_norms(widest(rows))
 
 
@@ -124,14 +128,19 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast, also in a backward that is called under it."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def full_precision(device: torch.device) -> AbstractContextManager:
     """A context without autocast, in which products of float32 are of float32, not of TF32 or bfloat16."""
     # Called for every parameter, so it is kept light.
-    reduced = [one for one in _SETTINGS if one.get() not in one.full and one.concerns in ("", device.type)]
-    return _set_to_full(reduced, device) if reduced else without_autocast(device)
+    kind = device.type
+    for one in _SETTINGS:
+        if one.concerns in ("", kind) and one.get() not in one.full:
+            return _set_to_full(
+                [one for one in _SETTINGS if one.concerns in ("", kind) and one.get() not in one.full], device
+            )
+    return without_autocast(device)
 
 
 @contextmanager

@@ -88,9 +88,7 @@ class LayerNorms(CertifiedModel):
         self._profile.lap()
         try:
             with full_precision(uses[0].backprops[0].device):
-                seen = view(
-                    module, uses, {name: self._facts.unsharded.of(param) for name, param in layer.params.items()}
-                )
+                seen = view(module, uses, self._facts.unsharded.of_named(layer.params))
                 uses = seen.uses
                 self._mark(layer, uses)
                 batch = self.record.batch
@@ -124,6 +122,9 @@ class LayerNorms(CertifiedModel):
         except NormsOnlyError:
             # Functorch answers for the children as well, but they have taps of their own.
             forms = find_gradient_sampler(seen.layer)(seen.layer, seen.uses, self.record.interleave)
+        else:
+            if seen.params is layer.params:  # so that the forms are of just these
+                return {param: self._as_configured(form) for param, form in forms.items() if param.requires_grad}
         own = {seen.params[name]: param for name, param in layer.params.items()}
         return {
             own[param]: self._as_configured(form)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
+from operator import is_not
 from typing import Any
 
 from opacus.utils.module_utils import trainable_parameters
@@ -30,6 +31,7 @@ class TrainedParameters:
     def __init__(self, model: nn.Module, unsharded: Unsharded) -> None:
         self._model, self._unsharded = model, unsharded
         self.names = {param: name for name, param in trainable_parameters(model)}  # as they are between two forwards
+        self._in_order = tuple(self.names)
 
     def check(
         self, loss_per_sample: Tensor, anchor: Tensor, brought: Mapping[Tensor, bool], made: Collection[Tensor]
@@ -50,6 +52,31 @@ class TrainedParameters:
         if not loss_per_sample.requires_grad:
             raise RuntimeError("the loss does not depend on any trainable layer of the wrapped model")
         every = self._unsharded.named_parameters(self._model)
+        trained = [param for param in every.values() if param.requires_grad]
+        # One by one takes a fraction of the time of sets: to look a tensor up is a call of Python's.
+        if len(trained) != len(self._in_order) or any(map(is_not, trained, self._in_order)):
+            self._check_same(every)
+        hooked = [name for name, param in every.items() if param.requires_grad and _has_hooks(param)]
+        if hooked:
+            raise PrivacyValueError(
+                f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum "
+                "after clipping, or not see it at all. Remove it; what it does can be done to the noisy gradient, "
+                "before the step: optimizer.original_optimizer.register_step_pre_hook(lambda *_: ...)"
+            )
+        reached = reached_by([loss_per_sample], self._unsharded.of_each(self.names.keys()), anchor=anchor)
+        if reached.past:
+            names = {param: name for name, param in every.items()}
+            past = map(self._unsharded.parameter, reached.past)
+            raise PrivacyValueError(
+                f"the loss depends on {', '.join(sorted(names[param] for param in past))} past the layer that has it, so "
+                "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
+                "put penalties on weights into the optimizer (weight_decay)"
+            )
+        _check_outside(reached, brought, made)
+        return reached
+
+    def _check_same(self, every: Mapping[str, Any]) -> None:
+        """Raises a ValueError if other parameters are there, or require gradients, than when the model was wrapped."""
         names = {param: name for name, param in every.items() if param.requires_grad}
         late = names.keys() - self.names.keys()
         if late:
@@ -64,23 +91,6 @@ class TrainedParameters:
                 "wrapped, "
                 "so that the optimizer would train what the model does not use; wrap model and optimizer anew"
             )
-        hooked = [name for param, name in names.items() if _has_hooks(param)]
-        if hooked:
-            raise PrivacyValueError(
-                f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum "
-                "after clipping, or not see it at all. Remove it; what it does can be done to the noisy gradient, "
-                "before the step: optimizer.original_optimizer.register_step_pre_hook(lambda *_: ...)"
-            )
-        reached = reached_by([loss_per_sample], map(self._unsharded.of, self.names), anchor=anchor)
-        if reached.past:
-            past = map(self._unsharded.parameter, reached.past)
-            raise PrivacyValueError(
-                f"the loss depends on {', '.join(sorted(names[param] for param in past))} past the layer that has it, so "
-                "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
-                "put penalties on weights into the optimizer (weight_decay)"
-            )
-        _check_outside(reached, brought, made)
-        return reached
 
 
 def _check_outside(reached: Reached, brought: Mapping[Tensor, bool], made: Collection[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +59,7 @@ def reached_by(
     Raises:
         NotImplementedError: if a part of the graph is hidden by reentrant checkpointing.
     """
-    wanted = set(params)
+    wanted = params if isinstance(params, Set) else set(params)
     past: set[Tensor] = set()
     others: tuple[set[Tensor], set[Tensor]] = (set(), set())
     model, other_models, behind = False, False, 0
@@ -69,27 +69,27 @@ def reached_by(
     while todo:
         for node in _visit(todo, seen, moving):
             if type(node) is TAP_NODE:
-                own = anchor is None or _leaf(node.next_functions[0][0]) is anchor
+                edges, call = [_behind(*edge) for edge in node.next_functions], node.pending
+                own = anchor is None or _leaf(edges[0]) is anchor
                 if own:
-                    calls.append(node.pending)
+                    calls.append(call)
                     nodes.append(node)
                 model, other_models = model or own, other_models or (bool(behind) and not own)
-                edges = [_behind(*edge) for edge in node.next_functions]
-                end = 1 + len(node.pending.outputs)
+                end = 1 + len(call.outputs)
                 (later if own and not behind else todo).extend(edges[end:])
                 # Inside of the layer: from its output back to where its input came from, or to the tap of a child.
                 for inner in _visit(edges[1:end], set(edges[end:])):
                     if type(inner) is TAP_NODE:
                         todo.append(inner)
-                    elif _leaf(inner) is not None and not node.pending.stands_for(inner.variable):
-                        (past if inner.variable in wanted else others[1]).add(inner.variable)
+                    elif (leaf := _leaf(inner)) is not None and not call.stands_for(leaf):
+                        (past if leaf in wanted else others[1]).add(leaf)
             elif type(node) is REENTRANT_NODE:
                 raise PrivacyNotImplementedError(
                     "activation checkpointing with use_reentrant=True keeps layers out of the graph, so that no tap is "
                     "on them; pass use_reentrant=False"
                 )
-            elif _leaf(node) is not None:
-                (past if node.variable in wanted else others[behind]).add(node.variable)
+            elif (leaf := _leaf(node)) is not None:
+                (past if leaf in wanted else others[behind]).add(leaf)
         todo, later, behind = later, [], 1
     return Reached(model, past, *others, other_models, calls, nodes, moving)
 

@@ -57,6 +57,9 @@ class Registered:
         if self.traits.arrange is not None:
             each = [self._function(layer, call.activations, _by_place(call, backprops)) for call, backprops in uses]
             return {param: add([self._as_form(one[param], param.shape) for one in each]) for param in each[0]}
+        if len(uses) == 1:
+            gradients = self._function(layer, *_by_sample(*uses[0]))
+            return {param: self._as_form(gradient, param.shape) for param, gradient in gradients.items()}
         groups: dict[Any, list[tuple[list[Tensor], Tensor]]] = {}
         for call, backprops in uses:
             activations, backprop = _by_sample(call, backprops)
@@ -158,11 +161,18 @@ def holds_only(layer: nn.Module, params: Mapping[str, Tensor]) -> bool:
         layer: the layer.
         params: its own parameters by name.
     """
+    # Asked at every call, so it is kept light: by loops, not by generators.
     own = parameters_by_name(layer)
-    there = all(param is None or param is params.get(name) for name, param in own.items())
-    return (
-        there and all(name in own for name in params) and not any(isinstance(v, Tensor) for v in vars(layer).values())
-    )
+    for name, param in own.items():
+        if param is not None and param is not params.get(name):
+            return False
+    for name in params:
+        if name not in own:
+            return False
+    for value in vars(layer).values():  # noqa: SIM110
+        if isinstance(value, Tensor):
+            return False
+    return True
 
 
 def _is_plain(layer: nn.Module) -> bool:
@@ -171,8 +181,13 @@ def _is_plain(layer: nn.Module) -> bool:
     return not (
         any(isinstance(value, Tensor) for value in own.values())
         or any(param is not None and param.is_complex() for param in parameters_by_name(layer).values())
-        or any(callable(inspect.getattr_static(kind, name, None)) for name in own)
+        # To look for those first that no class has spares most of the time that it takes to wrap a small layer.
+        or any(_has(kind, name) and callable(inspect.getattr_static(kind, name, None)) for name in own)
     )
+
+
+def _has(kind: type, name: str) -> bool:
+    return any(name in vars(base) for base in kind.__mro__)
 
 
 @cache

@@ -224,7 +224,7 @@ class Tapping(Assignment):
 
     def _holds_its_own(self, module: nn.Module, layer: Tapped) -> bool:
         if not layer.sampler.covers_children:
-            return holds_only(module, {name: self._facts.unsharded.of(param) for name, param in layer.params.items()})
+            return holds_only(module, self._facts.unsharded.of_named(layer.params))
         there = dict(module.named_parameters())
         return all(there.get(name) is self._facts.unsharded.of(param) for name, param in layer.params.items())
 

@@ -69,11 +69,9 @@ class InDouble(TorchFunctionMode):
         return args[0].double() if func is Tensor.float else func(*args, **kwargs)
 
 
-def difference(subject: Subject, mode: str) -> float:
-    """By how much the clipped gradients of two steps are not the oracle's, beside the largest norm."""
-    model, call = copy.deepcopy(subject.model), subject.call
-    plain = Called(copy.deepcopy(model))
-    # First of all, for batch norms run on no sample alone.
+def private(subject: Subject, mode: str) -> tuple[nn.Module, GradSampleModuleFastGradientClipping, Any]:
+    """A copy of a model, wrapped, and its criterion."""
+    model = copy.deepcopy(subject.model)
     wrapper = GradSampleModuleFastGradientClipping(model)
     optimizer = DPOptimizerFastGradientClipping(
         torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=0.1),
@@ -81,22 +79,31 @@ def difference(subject: Subject, mode: str) -> float:
         max_grad_norm=1.0,
         expected_batch_size=N,
     )
-    criterion = DPLossFastGradientClipping(wrapper, optimizer, call.losses, backward=MODES[mode])
+    return model, wrapper, DPLossFastGradientClipping(wrapper, optimizer, subject.call.losses, backward=MODES[mode])
+
+
+def difference(subject: Subject, *modes: str) -> float:
+    """By how much the clipped gradients of two steps are not the oracle's, beside the largest norm; in the worst of the modes."""
+    call = subject.call
+    # First of all, for batch norms run on no sample alone.
+    ways = [private(subject, mode) for mode in modes]
+    plain = Called(copy.deepcopy(subject.model))
     worst = 0.0
     for _ in range(2):
         inputs, target = call.batch()
         oracle = reference(plain, lambda *args: call.losses(*args).sum(), (inputs,), target, N)
         norms = oracle.total_norm()
         max_grad_norm = norms.median().item()
-        wrapper.max_grad_norm = max_grad_norm
-        criterion(wrapper(**inputs), target).backward()
         clipped, scale = oracle.clipped_sum(max_grad_norm), norms.max()
-        differences = [(wrapper.per_sample_gradient_norms - norms).abs().max() / scale]
-        for path, param in model.named_parameters():
-            if param.requires_grad:
-                differences.append((param.summed_grad - clipped[f"model.{path}"]).norm() / scale)
-        worst = max(worst, torch.stack(differences).max().item())
-        optimizer.zero_grad()
+        for model, wrapper, criterion in ways:
+            wrapper.max_grad_norm = max_grad_norm
+            criterion(wrapper(**inputs), target).backward()
+            differences = [(wrapper.per_sample_gradient_norms - norms).abs().max() / scale]
+            for path, param in model.named_parameters():
+                if param.requires_grad:
+                    differences.append((param.summed_grad - clipped[f"model.{path}"]).norm() / scale)
+            worst = max(worst, torch.stack(differences).max().item())
+            criterion.optimizer.zero_grad()
     return worst
 
 
