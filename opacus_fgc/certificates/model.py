@@ -234,6 +234,7 @@ class CertifiedModel(TriedModel):
     def _run(
         self, entrance: Entrance, batch: Batch, replacement: Replacement | None, state: ModelState | None, keep: bool
     ) -> Forward:
+        self._gather_heads()
         with entrance.again(keep) as random_states, restored(self._module):
             state = state or entrance.state
             if state is not None:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from opacus_fgc import planner
+from opacus_fgc._compat.distributed import gather_for_loss
 from opacus_fgc.errors import PrivacyNotImplementedError
-from opacus_fgc.norm_samplers.head import HeadRows, shares
+from opacus_fgc.norm_samplers.head import SHARDED, HeadRows, shares
 from opacus_fgc.norm_samplers.linear import linear
 from opacus_fgc.norm_samplers.registry import norm_sampler_of
 from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED
@@ -62,7 +64,11 @@ class ChunkedCausalLMLoss(nn.Module):
             ValueError: if the shapes do not fit, or a label is no token.
             NotImplementedError: if the head is trained and not served by the norm sampler of linear layers, or is sharded.
         """
+        if isinstance(head, FSDPModule):
+            gather_for_loss(head)
         self._check(hidden, head, labels)
+        if isinstance(head, FSDPModule):
+            hidden = hidden.to(head.weight.dtype)  # as FSDP does to what its modules are called on
         labels = labels[:, 1:].long()
         targets = labels.masked_fill(labels == self.ignore_index, NOT_COUNTED)
         hidden, bias = hidden[:, :-1], head.bias
@@ -75,7 +81,7 @@ class ChunkedCausalLMLoss(nn.Module):
             with_gradient and hidden.requires_grad,
         )
         if with_gradient and any(param.requires_grad for param in head.parameters()):
-            losses = losses + head(HeadRows(hidden, targets, log_sums)).squeeze(1)
+            losses = losses + head(HeadRows.of(hidden, targets, log_sums)).squeeze(1)
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
     def _check(self, hidden: Any, head: Any, labels: Any) -> None:
@@ -88,11 +94,7 @@ class ChunkedCausalLMLoss(nn.Module):
                 "logits of any head"
             )
         if isinstance(head.weight, DTensor):
-            raise PrivacyNotImplementedError(
-                "ChunkedCausalLMLoss: the head is sharded over processes (FSDP2, tensor parallel), and called outside of the "
-                "model's forward, where no process has all of its weight. Take CausalLMLoss, or replicate the model "
-                "(opacus.distributed.DifferentiallyPrivateDistributedDataParallel)"
-            )
+            raise PrivacyNotImplementedError(SHARDED)
         if any(param.requires_grad for param in head.parameters()) and not _is_served(head):
             raise PrivacyNotImplementedError(
                 f"ChunkedCausalLMLoss: the head, a {type(head).__name__}, is trained, and is not one that the norm sampler of "

@@ -15,6 +15,14 @@ from opacus_fgc.per_sample import Dense, TiledOuter
 from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, LogitGradients
 from opacus_fgc.per_sample.precision import full_precision, without_autocast
 
+SHARDED = (
+    "ChunkedCausalLMLoss: the head is sharded over processes, and is no FSDP2 module of its own that could be made whole for the "
+    "loss. Under FSDP2, call fully_shard on the head before the model (fully_shard(model.lm_head)); or have the model's forward "
+    "return the hidden states, and leave reshard_after_forward out, so that the outermost module's weights stay whole. Under "
+    "tensor parallel, leave the head out of the plan for parallelize_module, or take CausalLMLoss"
+)
+"""The error about heads of which there is a part."""
+
 
 def shares(targets: Tensor, dtype: torch.dtype) -> Tensor:
     """What each position counts in the mean of its sample, shape ``(N, T)``.
@@ -35,12 +43,22 @@ class HeadRows(NamedTuple):
     Attributes:
         hidden: see `LogitGradients`, as are the others.
         targets: tokens.
-        log_sums: of the logits.
+        bits: `log_sums` as whole numbers, which FSDP's mixed precision does not round on their way into the layer.
     """
 
     hidden: Tensor
     targets: Tensor
-    log_sums: Tensor
+    bits: Tensor
+
+    @classmethod
+    def of(cls, hidden: Tensor, targets: Tensor, log_sums: Tensor) -> HeadRows:
+        """The rows of some hidden states; see `LogitGradients`."""
+        return cls(hidden, targets, log_sums.view(torch.int64 if log_sums.dtype is torch.float64 else torch.int32))
+
+    @property
+    def log_sums(self) -> Tensor:
+        """The logarithms of the sums of the exponentials of the logits, float32 or wider."""
+        return self.bits.view(torch.float64 if self.bits.dtype is torch.int64 else torch.float32)
 
     @classmethod
     def __torch_function__(
@@ -76,7 +94,7 @@ class _HeadShare(torch.autograd.Function):
         weight, bias, hidden, targets, log_sums = ctx.saved_tensors
         ones = log_sums.new_ones(len(hidden))
         with without_autocast(hidden.device):
-            weights, biases = _forms(weight, bias, HeadRows(hidden, targets, log_sums), gradient)
+            weights, biases = _forms(weight, bias, HeadRows.of(hidden, targets, log_sums), gradient)
             return (
                 weights.weighted_sum(ones).to(weight.dtype) if ctx.needs_input_grad[0] else None,
                 biases.weighted_sum(ones).to(bias.dtype) if ctx.needs_input_grad[1] else None,

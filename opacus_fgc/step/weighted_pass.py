@@ -54,10 +54,16 @@ class WeightedPass(NormPass):
         retain_graph = self.record.step is not None and self.record.step.graph_is_retained
         rest = self.layout.of_any(self.record.unkept)
         self._profile.lap()
-        if rest and not self.layout.on_all_ranks(self._weighs_exactly(loss_per_sample)):
+        self._gather_heads()
+        # FSDP sums nothing in a backward pass that does not come to its modules, as where a head alone is trained.
+        alone = {param for head in self._facts.heads for param in self._taps.layers[head].params.values()}.issuperset(
+            rest
+        )
+        if rest and (alone or not self.layout.on_all_ranks(self._weighs_exactly(loss_per_sample))):
             self._sum_in_taps(rest, coef, loss_per_sample, retain_graph)
             self._profile.second_pass(rest)
             rest = []
+            self._gather_heads()
         later = set(rest)
         yield from as_parameters(self.layout, self._kept_sums(later, coef))
         if rest:
@@ -66,6 +72,7 @@ class WeightedPass(NormPass):
                 gradients = gradients_of(self.layout, weighted, rest, self._facts.unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._profile.second_pass(rest)
+        self._reshard_heads()
 
     def _weighs_exactly(self, loss_per_sample: Tensor) -> bool:
         """Whether the gradient of the weighted loss is, but for roundings of float32, the weighted sum of what was measured."""

@@ -1,0 +1,251 @@
+"""`ChunkedCausalLMLoss` over several processes gives what one process gives, where the head is in shards too."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+from opacus_fgc import CausalLMLoss, ChunkedCausalLMLoss
+from opacus_fgc.planner import MEMORY, KeepPolicy
+from tests.distributed_cases import C, needs_fsdp, part, private, tensor_parallel, weights
+from tests.ranks import Ranks, ranks, refused_on_all_ranks
+from tests.reference import reference
+
+pytestmark = pytest.mark.slow  # several processes
+
+T, D, V = 7, 6, 19
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def group(request) -> Iterator[Ranks]:
+    with ranks(request.param) as processes:
+        yield processes
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(V, D), nn.LayerNorm(D)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(D, 9), nn.Tanh(), nn.Linear(9, D)) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.norm(x)
+
+
+class Hidden(nn.Module):
+    """Tokens to hidden states; the head is called outside of it."""
+
+    def __init__(self, tied: bool = False, bias: bool = True, frozen: str = "") -> None:
+        super().__init__()
+        self.body, self.head = Body(), nn.Linear(D, V, bias=bias)
+        if tied:
+            self.head.weight = self.body.embedding.weight
+        if frozen:
+            self.get_submodule(frozen).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model.head(self.model(x))
+
+
+def root(model: nn.Module, **options: Any) -> nn.Module:
+    return fully_shard(model, **options)
+
+
+def blocks(model: nn.Module, **options: Any) -> nn.Module:
+    for block in model.body.blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def copies(model: nn.Module) -> nn.Module:
+    return blocks(
+        model, mesh=init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("copy", "shard"))
+    )
+
+
+def head_too(model: nn.Module, **options: Any) -> nn.Module:
+    fully_shard(model.head, **options)
+    return blocks(model, **options)
+
+
+def apart(model: nn.Module) -> nn.Module:
+    """As where a model of Hugging Face's body is called, and not the model."""
+    fully_shard(model.body)
+    fully_shard(model.head)
+    return model
+
+
+def with_the_norm(model: nn.Module) -> nn.Module:
+    fully_shard([model.body.norm, model.head])
+    return blocks(model)
+
+
+def with_the_embedding(model: nn.Module) -> nn.Module:
+    fully_shard([model.body.embedding, model.head])
+    return blocks(model)
+
+
+def steps(
+    wrap: Callable,
+    mode: str,
+    tolerance: float = 1e-10,
+    criterion: Callable = ChunkedCausalLMLoss,
+    evaluate: bool = False,
+    kept: float = 1 / 6,
+    **options: Any,
+) -> None:
+    """Steps by the loss in chunks, the second from where the first went."""
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False)
+    MEMORY.temporary = 4 * 3 * V
+    MEMORY.ghost = KeepPolicy(share=kept)
+    x = torch.randint(V, (11, T))
+    y = x.clone()
+    y[0, 4:], y[1, :3], y[2] = -100, -100, -100
+    plain = Hidden(**options)
+    model = wrap(copy.deepcopy(plain))
+    trained = [param for param in model.parameters() if param.requires_grad]
+    module, optimizer, loss, _ = private(
+        model,
+        x,
+        y,
+        criterion=criterion(),
+        grad_sample_mode=mode,
+        any_batch=True,
+        certify="always",
+        optimizer=torch.optim.SGD(trained, lr=1.0),
+    )
+    head = getattr(model, "module", model).head
+    ranks_of_data = module.layout.data_ranks
+    own = partial(part, rank=module.layout.data_rank, size=ranks_of_data)
+    for _ in range(2):
+        expected = reference(Logits(plain), CausalLMLoss(), (x,), y, len(x))
+        before = weights(module)
+        if evaluate:
+            with torch.no_grad():
+                loss(module(own(x)), head, own(y))
+        optimizer.zero_grad()
+        value = loss(module(own(x)), head, own(y))
+        value.backward()
+        close(value.loss_per_sample.detach(), own(expected.losses))
+        close(module.per_sample_gradient_norms, own(expected.total_norm()))
+        optimizer.step()
+        after = weights(module)
+        clipped = {name.removeprefix("model."): gradient for name, gradient in expected.clipped_sum(C).items()}
+        assert clipped.keys() == {name for name, param in plain.named_parameters() if param.requires_grad}
+        for name, exact in clipped.items():
+            moved = (before[name] - after[name]) * optimizer.expected_batch_size * ranks_of_data
+            close(moved, exact, msg=partial("{}: {}".format, name))
+        for name, param in plain.named_parameters():
+            param.data.copy_(after[name])
+
+
+MODES = ["ghost", "ghost_bk"]
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrap", [root, blocks, copies])
+def test_a_head_in_the_outermost_module(group, wrap, tied, mode):
+    group(steps, wrap, mode, tied=tied)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrap", [head_too, apart, with_the_norm, partial(head_too, reshard_after_forward=2)])
+def test_a_head_of_its_own(group, wrap, mode):
+    group(steps, wrap, mode)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_with_the_embedding(group, mode):
+    group(steps, with_the_embedding, mode, tied=True)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("kept", [0, 100])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrap", [blocks, head_too])
+def test_what_is_kept_of_the_first_pass(group, wrap, tied, kept):
+    if not (tied and wrap is head_too):
+        group(steps, wrap, "ghost", tied=tied, kept=kept)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("frozen", ["head", "body"])
+@pytest.mark.parametrize("wrap", [blocks, head_too])
+def test_parts_are_frozen(group, wrap, frozen, mode):
+    group(steps, wrap, mode, frozen=frozen)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrap", [blocks, head_too])
+def test_a_model_that_was_evaluated_before(group, wrap, mode):
+    group(steps, wrap, mode, evaluate=True)
+
+
+def function() -> Any:
+    """A criterion that is tried on its samples, as it is not known to keep them apart."""
+    loss = ChunkedCausalLMLoss(reduction="none")
+    return lambda hidden, head, labels: 1.0 * loss(hidden, head, labels)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrap", [blocks, head_too])
+def test_within_a_function(group, wrap, mode):
+    group(steps, wrap, mode, criterion=function)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+def test_options_of_fsdp(group, mode):
+    group(steps, partial(head_too, offload_policy=CPUOffloadPolicy(pin_memory=False)), mode)
+    group(steps, partial(blocks, offload_policy=CPUOffloadPolicy(pin_memory=False)), mode, tied=True)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("wrap", [blocks, head_too])
+def test_mixed_precision(group, wrap, mode):
+    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
+    group(steps, partial(wrap, mp_policy=policy), mode, 1e-4)
+
+
+@needs_fsdp
+def test_a_head_that_is_not_whole_is_refused(group):
+    with refused_on_all_ranks(
+        NotImplementedError, "the head is sharded over processes, and is no FSDP2 module of its own"
+    ):
+        group(steps, partial(root, reshard_after_forward=True), "ghost")
+
+
+def test_tensor_parallel_is_refused(group):
+    with refused_on_all_ranks(
+        NotImplementedError, "the head is sharded over processes, and is no FSDP2 module of its own"
+    ):
+        group(steps, tensor_parallel, "ghost")
