@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from opacus_fgc.norm_samplers.registry import Forms
 from opacus_fgc.per_sample import Dense, TiledOuter
-from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, LogitGradients
+from opacus_fgc.per_sample.logit_gradients import LogitGradients, counted, spans_of
 from opacus_fgc.per_sample.precision import full_precision, without_autocast
 
 SHARDED = (
@@ -24,36 +24,33 @@ SHARDED = (
 """The error about heads of which there is a part."""
 
 
-def shares(targets: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each position counts in the mean of its sample, shape ``(N, T)``.
-
-    Args:
-        targets: shape ``(N, T)``; see `LogitGradients`.
-        dtype: that of the result.
-    """
-    counted = targets != NOT_COUNTED
-    return counted.to(dtype) / counted.sum(1, keepdim=True).clamp(min=1)
-
-
 class HeadRows(NamedTuple):
     """What a head is called on in the place of hidden states, to give `_HeadShare` in the place of logits.
 
     ``head(rows)`` is a call of the layer as any other, with all hooks that are on it, in which `F.linear` finds this.
 
     Attributes:
-        hidden: see `LogitGradients`, as are the others.
-        targets: tokens.
+        hidden: what the head is applied to, shape ``(N, T, d)``; of packed samples ``(1, T, d)``.
+        targets: tokens, shape ``(N, T)`` or ``(1, T)``; see `LogitGradients`.
         bits: `log_sums` as whole numbers, which FSDP's mixed precision does not round on their way into the layer.
+        spans: of packed samples where each begins and ends, shape ``(N, 2)``; None if each has a row.
     """
 
     hidden: Tensor
     targets: Tensor
     bits: Tensor
+    spans: Tensor | None = None
 
     @classmethod
-    def of(cls, hidden: Tensor, targets: Tensor, log_sums: Tensor) -> HeadRows:
-        """The rows of some hidden states; see `LogitGradients`."""
-        return cls(hidden, targets, log_sums.view(torch.int64 if log_sums.dtype is torch.float64 else torch.int32))
+    def of(cls, hidden: Tensor, targets: Tensor, log_sums: Tensor, spans: Tensor | None = None) -> HeadRows:
+        """The rows of some hidden states; see the class."""
+        bits = log_sums.view(torch.int64 if log_sums.dtype is torch.float64 else torch.int32)
+        return cls(hidden, targets, bits, spans)
+
+    @property
+    def size(self) -> int:
+        """The number of samples."""
+        return len(self.targets if self.spans is None else self.spans)
 
     @property
     def log_sums(self) -> Tensor:
@@ -70,7 +67,16 @@ class HeadRows(NamedTuple):
                 f"ChunkedCausalLMLoss: the head calls {getattr(func, '__name__', func)}; it has to be a plain linear layer"
             )
         rows, weight, bias = (*args, None)[:3]
-        return _HeadShare.apply(weight, bias, rows.hidden.detach(), rows.targets, rows.log_sums)
+        return _HeadShare.apply(weight, bias, rows.hidden.detach(), *rows[1:])
+
+
+def are_packed_head_rows(args: tuple[Any, ...]) -> bool:
+    """Whether a layer was called on `HeadRows` of packed samples.
+
+    Args:
+        args: its positional arguments.
+    """
+    return bool(args) and isinstance(args[0], HeadRows) and args[0].spans is not None
 
 
 class _HeadShare(torch.autograd.Function):
@@ -81,35 +87,43 @@ class _HeadShare(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, hidden: Tensor, targets: Tensor, log_sums: Tensor
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor | None,
+        hidden: Tensor,
+        targets: Tensor,
+        bits: Tensor,
+        spans: Tensor | None,
     ) -> Tensor:
         """Returns zeros."""
-        ctx.save_for_backward(weight, bias, hidden, targets, log_sums)
-        return log_sums.new_zeros(len(hidden), 1)
+        ctx.save_for_backward(weight, bias, hidden, targets, bits, spans)
+        rows = HeadRows(hidden, targets, bits, spans)
+        return rows.log_sums.new_zeros(rows.size, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Adds the gradient up in tiles."""
-        weight, bias, hidden, targets, log_sums = ctx.saved_tensors
-        ones = log_sums.new_ones(len(hidden))
-        with without_autocast(hidden.device):
-            weights, biases = _forms(weight, bias, HeadRows.of(hidden, targets, log_sums), gradient)
+        weight, bias, *rest = ctx.saved_tensors
+        ones = torch.ones_like(gradient[:, 0])
+        with without_autocast(gradient.device):
+            weights, biases = _forms(weight, bias, HeadRows(*rest), gradient)
             return (
                 weights.weighted_sum(ones).to(weight.dtype) if ctx.needs_input_grad[0] else None,
                 biases.weighted_sum(ones).to(bias.dtype) if ctx.needs_input_grad[1] else None,
-                *[None] * 3,
+                *[None] * 4,
             )
 
 
 def _forms(weight: Tensor, bias: Tensor | None, rows: HeadRows, backprops: Tensor) -> tuple[TiledOuter, TiledOuter]:
     """The forms of weight and bias; ``backprops`` has shape ``(N, 1)``."""
-    factor = shares(rows.targets, rows.log_sums.dtype) * backprops.to(rows.log_sums.dtype)
-    left = LogitGradients(
-        rows.hidden, weight.detach(), None if bias is None else bias.detach(), rows.targets, rows.log_sums, factor
-    )
-    ones = rows.log_sums.new_ones(*rows.targets.shape, 1)
-    return TiledOuter(left, rows.hidden, weight.shape), TiledOuter(left, ones, weight.shape[:1])
+    hidden, targets, log_sums = (each.flatten(0, 1) for each in (rows.hidden, rows.targets, rows.log_sums))
+    packed = rows.spans
+    spans = spans_of([rows.targets.shape[1]] * rows.size) if packed is None else packed.unsqueeze(1).cpu()
+    factor = backprops.to(log_sums.dtype) / counted(targets, spans).clamp(min=1)
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    left = LogitGradients(hidden, weight, bias, targets, log_sums, spans, factor)
+    return TiledOuter(left, hidden, weight.shape), TiledOuter(left, log_sums.new_ones(len(hidden), 1), weight.shape[:1])
 
 
 def head(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:

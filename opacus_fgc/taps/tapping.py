@@ -26,7 +26,7 @@ from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
 from opacus_fgc.taps.functorch import is_repeating
 from opacus_fgc.taps.graph import leaves_of
-from opacus_fgc.taps.heads import is_head
+from opacus_fgc.taps.heads import note_head
 from opacus_fgc.taps.lookup import (
     Sampler,
     arranged,
@@ -157,9 +157,7 @@ class Tapping(Assignment):
         # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
         if not self._holds_its_own(module, layer):
             return forward_output
-        seen = map(self._facts.unsharded.of, layer.params.values())
-        if is_head(forward_input, layer.sampler, seen, self.batch_first) and self.layout.reshards:
-            self._facts.heads[module] = self.layout.fsdp.owners[module]
+        note_head(module, forward_input, layer.sampler, layer.params.values(), self._facts, self.batch_first)
         if self._taps.ops.active and layer.sampler.covers_children:
             self._taps.ops.leave_covered((forward_input, forward_kwargs), forward_output)
         # What comes of parameters and constants alone is caught where it meets the data.
