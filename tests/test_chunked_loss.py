@@ -27,12 +27,12 @@ from opacus_fgc import (
     register_norm_sampler,
 )
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.criterion import chunked_causal_lm
+from opacus_fgc.criterion import head_terms
 from opacus_fgc.loss import MODES
 from opacus_fgc.norm_samplers import NORM_SAMPLERS
 from opacus_fgc.norm_samplers.head import HeadRows
 from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, Rows, TiledOuter, add
-from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, LogitGradients, spans_of
+from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, LogitGradients, Term, spans_of
 from opacus_fgc.planner import MEMORY, KeepPolicy, NormMethod
 from opacus_fgc.taps import heads
 from tests.case import two_passes_by_hand
@@ -450,14 +450,6 @@ def test_models_of_transformers(name: str, mode: str, wrap_model: bool) -> None:
             torch.testing.assert_close(param.summed_grad, wanted[f"model.{path}"], rtol=1e-5, atol=1e-6 * scale)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_an_adapter_on_the_head_is_refused() -> None:
-    model = lora("q_proj", "lm_head").get_base_model()
-    hidden, y = torch.randn(N, T, 16), torch.randint(37, (N, T))
-    with pytest.raises(TypeError, match="Leave the head out of the adapter's target_modules"):
-        ChunkedCausalLMLoss()(hidden, model.lm_head, y)
-
-
 # How much is held
 
 
@@ -504,7 +496,7 @@ def logit_gradients(positions: int, dtype: torch.dtype = torch.float64, scale: f
     targets = torch.randint(V, (N * positions,))
     targets[: min(2, positions)] = NOT_COUNTED
     log_sums, factor = (hidden @ weight.mT).logsumexp(1), torch.rand(N, 1, dtype=dtype)
-    return LogitGradients(hidden, weight, None, targets, log_sums, spans_of([positions] * N), factor)
+    return LogitGradients((Term(hidden, weight),), None, targets, log_sums, spans_of([positions] * N), factor)
 
 
 def tiled(positions: int) -> TiledOuter:
@@ -524,7 +516,7 @@ def test_form(positions: int) -> None:
     torch.manual_seed(0)
     form, coef, some = tiled(positions), torch.rand(N), torch.tensor([True, False, True, True, False])
     left = form.left
-    whole = torch.softmax(left.hidden @ left.weight.mT, 1) - F.one_hot(left.targets.clamp(min=0), V)
+    whole = torch.softmax(left.terms[0].hidden @ left.terms[0].weight.mT, 1) - F.one_hot(left.targets.clamp(min=0), V)
     whole = (left.factor.repeat_interleave(positions, 0) * whole).masked_fill(left.targets.unsqueeze(1) < 0, 0)
     whole, right = (each.unflatten(0, (N, positions)) for each in (whole, form.right))
     gradients = whole.mT @ right
@@ -543,7 +535,7 @@ def test_sum_of_two_forms(first: str, second: str) -> None:
     torch.manual_seed(0)
     a, b = OTHERS[first](), OTHERS[second]()
     if first == second == "tiled":  # of one head
-        b = TiledOuter(replace(b.left, weight=a.left.weight), b.right, b.shape)
+        b = TiledOuter(replace(b.left, terms=(Term(b.left.terms[0].hidden, a.left.terms[0].weight),)), b.right, b.shape)
     total = a.materialize() + b.materialize()
     added = add([a, b])
     torch.testing.assert_close(added.norm(), total.flatten(1).norm(dim=1))
@@ -612,7 +604,7 @@ def test_a_head_with_a_forward_of_its_own(trained: bool) -> None:
 
 
 def test_a_head_that_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_causal_lm, "DTensor", nn.Parameter)
+    monkeypatch.setattr(head_terms, "DTensor", nn.Parameter)
     with pytest.raises(NotImplementedError, match="sharded over processes"):
         ChunkedCausalLMLoss()(torch.randn(N, T, D), nn.Linear(D, V), torch.randint(V, (N, T)))
 

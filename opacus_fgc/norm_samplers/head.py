@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from opacus_fgc.errors import PrivacyNotImplementedError
 from opacus_fgc.norm_samplers.registry import Forms
 from opacus_fgc.per_sample import Dense, TiledOuter
-from opacus_fgc.per_sample.logit_gradients import LogitGradients, counted, spans_of
+from opacus_fgc.per_sample.logit_gradients import LogitGradients, Term, counted, spans_of
 from opacus_fgc.per_sample.precision import full_precision, without_autocast
 
 SHARDED = (
@@ -34,18 +35,50 @@ class HeadRows(NamedTuple):
         targets: tokens, shape ``(N, T)`` or ``(1, T)``; see `LogitGradients`.
         bits: `log_sums` as whole numbers, which FSDP's mixed precision does not round on their way into the layer.
         spans: of packed samples where each begins and ends, shape ``(N, 2)``; None if each has a row.
+        others: what else is added to the logits, as adapters do: pairs of what is as ``hidden``, and of a weight of shape
+            ``(1, V, d)``.
     """
 
     hidden: Tensor
     targets: Tensor
     bits: Tensor
     spans: Tensor | None = None
+    others: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, hidden: Tensor, targets: Tensor, log_sums: Tensor, spans: Tensor | None = None) -> HeadRows:
-        """The rows of some hidden states; see the class."""
+    def of(
+        cls,
+        hidden: Tensor,
+        targets: Tensor,
+        log_sums: Tensor,
+        spans: Tensor | None = None,
+        others: Iterable[tuple[Tensor, Tensor]] = (),
+    ) -> HeadRows:
+        """The rows of some hidden states; see the class. The weights of ``others`` have shape ``(V, d)``."""
         bits = log_sums.view(torch.int64 if log_sums.dtype is torch.float64 else torch.int32)
-        return cls(hidden, targets, bits, spans)
+        pairs = [(rows.detach(), weight.detach().unsqueeze(0)) for rows, weight in others]
+        return cls(hidden, targets, bits, spans, tuple(tensor for pair in pairs for tensor in pair))
+
+    @classmethod
+    def of_tensors(cls, hidden: Tensor, targets: Tensor, bits: Tensor, *rest: Tensor) -> HeadRows:
+        """The rows whose tensors these are, in order."""
+        packed = bool(rest) and not rest[0].is_floating_point()
+        return cls(hidden, targets, bits, rest[0] if packed else None, rest[packed:])
+
+    def terms(self, weight: Tensor) -> tuple[Term, ...]:
+        """What the logits are made of, that of the layer with this weight first.
+
+        Raises:
+            NotImplementedError: if all samples had to share something, and do not any more.
+        """
+        if any(len(other) != 1 for other in self.others[1::2]) or (self.spans is not None and len(self.hidden) != 1):
+            raise PrivacyNotImplementedError(
+                "ChunkedCausalLMLoss: a head with packed sequences, or with an adapter, was called on one row, and on more rows "
+                "for other losses of the same step. Call backward() for each loss, or take CausalLMLoss"
+            )
+        pairs = zip(self.others[::2], self.others[1::2], strict=True)
+        others = [Term(rows.flatten(0, 1), of_others[0]) for rows, of_others in pairs]
+        return Term(self.hidden.flatten(0, 1), weight.detach()), *others
 
     @property
     def size(self) -> int:
@@ -67,16 +100,12 @@ class HeadRows(NamedTuple):
                 f"ChunkedCausalLMLoss: the head calls {getattr(func, '__name__', func)}; it has to be a plain linear layer"
             )
         rows, weight, bias = (*args, None)[:3]
-        return _HeadShare.apply(weight, bias, rows.hidden.detach(), *rows[1:])
+        return _HeadShare.apply(weight, bias, rows.hidden.detach(), *rows[1:4], *rows.others)
 
 
-def are_packed_head_rows(args: tuple[Any, ...]) -> bool:
-    """Whether a layer was called on `HeadRows` of packed samples.
-
-    Args:
-        args: its positional arguments.
-    """
-    return bool(args) and isinstance(args[0], HeadRows) and args[0].spans is not None
+def are_head_rows(args: tuple[Any, ...]) -> bool:
+    """Whether positional arguments of a layer are `HeadRows`."""
+    return bool(args) and isinstance(args[0], HeadRows)
 
 
 class _HeadShare(torch.autograd.Function):
@@ -94,41 +123,43 @@ class _HeadShare(torch.autograd.Function):
         targets: Tensor,
         bits: Tensor,
         spans: Tensor | None,
+        *others: Tensor,
     ) -> Tensor:
         """Returns zeros."""
-        ctx.save_for_backward(weight, bias, hidden, targets, bits, spans)
-        rows = HeadRows(hidden, targets, bits, spans)
+        ctx.save_for_backward(weight, bias, hidden, targets, bits, spans, *others)
+        rows = HeadRows(hidden, targets, bits, spans, others)
         return rows.log_sums.new_zeros(rows.size, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Adds the gradient up in tiles."""
-        weight, bias, *rest = ctx.saved_tensors
-        ones = torch.ones_like(gradient[:, 0])
+        weight, bias, hidden, targets, bits, spans, *others = ctx.saved_tensors
+        rows, ones = HeadRows(hidden, targets, bits, spans, tuple(others)), torch.ones_like(gradient[:, 0])
         with without_autocast(gradient.device):
-            weights, biases = _forms(weight, bias, HeadRows(*rest), gradient)
+            weights, biases = _forms(weight, bias, rows, gradient)
             return (
                 weights.weighted_sum(ones).to(weight.dtype) if ctx.needs_input_grad[0] else None,
                 biases.weighted_sum(ones).to(bias.dtype) if ctx.needs_input_grad[1] else None,
-                *[None] * 4,
+                *[None] * (4 + len(others)),
             )
 
 
 def _forms(weight: Tensor, bias: Tensor | None, rows: HeadRows, backprops: Tensor) -> tuple[TiledOuter, TiledOuter]:
     """The forms of weight and bias; ``backprops`` has shape ``(N, 1)``."""
-    hidden, targets, log_sums = (each.flatten(0, 1) for each in (rows.hidden, rows.targets, rows.log_sums))
+    targets, log_sums = rows.targets.flatten(), rows.log_sums.flatten()
     packed = rows.spans
     spans = spans_of([rows.targets.shape[1]] * rows.size) if packed is None else packed.unsqueeze(1).cpu()
     factor = backprops.to(log_sums.dtype) / counted(targets, spans).clamp(min=1)
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    left = LogitGradients(hidden, weight, bias, targets, log_sums, spans, factor)
-    return TiledOuter(left, hidden, weight.shape), TiledOuter(left, log_sums.new_ones(len(hidden), 1), weight.shape[:1])
+    terms = rows.terms(weight)
+    left = LogitGradients(terms, None if bias is None else bias.detach(), targets, log_sums, spans, factor)
+    ones = log_sums.new_ones(len(targets), 1)
+    return TiledOuter(left, terms[0].hidden, weight.shape), TiledOuter(left, ones, weight.shape[:1])
 
 
 def head(layer: Any, activations: list[Tensor], backprops: Tensor) -> Forms:
     """The weights of a head that was called on `HeadRows`."""
-    weights, biases = _forms(layer.weight, layer.bias, HeadRows(*activations), backprops)
+    weights, biases = _forms(layer.weight, layer.bias, HeadRows.of_tensors(*activations), backprops)
     forms: Forms = {}
     if layer.weight.requires_grad:
         forms[layer.weight] = weights

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,24 +16,34 @@ NOT_COUNTED = -1
 """The target of positions that have no loss."""
 
 
+class Term(NamedTuple):
+    """What logits are a sum of: ``hidden W^T``; one of a linear head, one more for each adapter on it.
+
+    Attributes:
+        hidden: shape ``(positions, d)``.
+        weight: shape ``(V, d)``.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class LogitGradients:
-    """``factor * (softmax(hidden[t] W^T + b) - onehot(target[t]))`` for the positions of each sample, made when it is needed.
+    """``factor * (softmax(logits[t]) - onehot(target[t]))`` for the positions of each sample, made when it is needed.
 
     Positions of all samples lie one after another. A sample has some spans of them, each with a factor of its own.
 
     Attributes:
-        hidden: what the head is applied to, shape ``(positions, d)``.
-        weight: that of the head, shape ``(V, d)``.
-        bias: likewise, shape ``(V,)``; None if there is none.
+        terms: what the logits are the sum of, but for the bias.
+        bias: that of the head, shape ``(V,)``; None if there is none.
         targets: tokens, shape ``(positions,)``, int64; `NOT_COUNTED` where there is none, and the gradient is 0.
         log_sums: the logarithms of the sums of the exponentials of the logits, shape ``(positions,)``.
         spans: where spans begin and end, shape ``(N, spans, 2)``, int64 on the CPU.
         factor: what each position of a span counts, shape ``(N, spans)``.
     """
 
-    hidden: Tensor
-    weight: Tensor
+    terms: tuple[Term, ...]
     bias: Tensor | None
     targets: Tensor
     log_sums: Tensor
@@ -43,6 +54,16 @@ class LogitGradients:
     def dtype(self) -> torch.dtype:
         """That of the gradients: float32 or wider."""
         return self.log_sums.dtype
+
+    @property
+    def tokens(self) -> int:
+        """How many the vocabulary has."""
+        return len(self.terms[0].weight)
+
+    @property
+    def width(self) -> int:
+        """The features of the widest term."""
+        return max(term.hidden.shape[1] for term in self.terms)
 
     @cached_property
     def places(self) -> list[list[slice]]:
@@ -64,12 +85,14 @@ class LogitGradients:
             sample: which sample.
             rows: which tokens of the vocabulary, with a start and a stop.
         """
-        if not self.weight.untyped_storage().size() and self.weight.numel():
-            raise RuntimeError("ChunkedCausalLMLoss: the head's weight was resharded by FSDP while it was still needed")
-        hidden, targets, log_sums = (
-            self.of_sample(sample, each) for each in (self.hidden, self.targets, self.log_sums)
+        targets, log_sums = (self.of_sample(sample, each) for each in (self.targets, self.log_sums))
+        first, *others = (
+            (at_least_float32(self.of_sample(sample, hidden)).to(self.dtype), _whole(weight)[rows].to(self.dtype).mT)
+            for hidden, weight in self.terms
         )
-        gradients = at_least_float32(hidden).to(self.dtype) @ self.weight[rows].to(self.dtype).mT
+        gradients = first[0] @ first[1]
+        for hidden, weight in others:
+            gradients.addmm_(hidden, weight)
         if self.bias is not None:
             gradients += self.bias[rows]
         gradients.sub_(log_sums.unsqueeze(1)).exp_()
@@ -93,8 +116,11 @@ class LogitGradients:
     @staticmethod
     def joined(several: list[LogitGradients]) -> LogitGradients:
         """Those of several uses of one head by the same samples, of which the spans come one after another."""
-        by_position = [(one.hidden, one.targets, one.log_sums) for one in several]
-        hidden, targets, log_sums = (torch.cat(each) for each in zip(*by_position, strict=True))
+        targets, log_sums = (torch.cat([getattr(one, each) for one in several]) for each in ("targets", "log_sums"))
+        terms = tuple(
+            Term(torch.cat([term.hidden for term in of_each]), of_each[0].weight)
+            for of_each in zip(*(one.terms for one in several), strict=True)
+        )
         spans, before = [], 0
         for one in several:
             spans.append(one.spans + before)
@@ -102,7 +128,7 @@ class LogitGradients:
         factor = torch.cat([one.factor for one in several], 1)
         return replace(
             several[0],
-            hidden=hidden,
+            terms=terms,
             targets=targets,
             log_sums=log_sums,
             spans=torch.cat(spans, 1),
@@ -130,6 +156,13 @@ def counted(targets: Tensor, spans: Tensor) -> Tensor:
     up_to = torch.cat([targets.new_zeros(1), (targets != NOT_COUNTED).cumsum(0)])
     start, stop = spans.to(targets.device).unbind(2)
     return up_to[stop] - up_to[start]
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """A weight, if FSDP has not given up its memory."""
+    if weight.numel() and not weight.untyped_storage().size():
+        raise RuntimeError("ChunkedCausalLMLoss: a weight of the head was resharded while it was still needed")
+    return weight
 
 
 def _joined(several: list[Tensor]) -> Tensor:

@@ -45,9 +45,9 @@ class TiledOuter(PerSampleGradient):
     @property
     def _tiles(self) -> list[slice]:
         """The vocabulary in tiles, of which logits and gradients of one sample stay within `planner.Memory.temporary`."""
-        tokens = len(self.left.weight)
+        tokens = self.left.tokens
         longest = max(self.left.lengths(), default=0)
-        tiles = planner.slices(tokens, max(longest, self.right.shape[1], self.left.hidden.shape[1]))
+        tiles = planner.slices(tokens, max(longest, self.right.shape[1], self.left.width))
         return [slice(rows.start, min(rows.stop, tokens)) for rows in tiles]
 
     def left_tiles(self, sample: int) -> Iterator[tuple[slice, Tensor]]:
@@ -94,13 +94,13 @@ class TiledOuter(PerSampleGradient):
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         coef = coef.to(self.left.dtype)
-        total = self.left.log_sums.new_zeros(len(self.left.weight), self.right.shape[1])
+        total = self.left.log_sums.new_zeros(self.left.tokens, self.right.shape[1])
         for n in range(self.batch_size):
             self._write_sum(total, n, coef[n] * self.right_of(n))
         return total.reshape(self.shape)
 
     def materialize(self) -> Tensor:
-        gradients = self.left.log_sums.new_zeros(self.batch_size, len(self.left.weight), self.right.shape[1])
+        gradients = self.left.log_sums.new_zeros(self.batch_size, self.left.tokens, self.right.shape[1])
         for n, gradient in enumerate(gradients):
             self._write_sum(gradient, n, self.right_of(n))
         return gradients.reshape(self.batch_size, *self.shape)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from opacus_fgc.errors import PrivacyNotImplementedError
-from opacus_fgc.norm_samplers.head import SHARDED, HeadRows
+from opacus_fgc.norm_samplers.head import SHARDED, are_head_rows
 from opacus_fgc.taps.assignment import Facts
 from opacus_fgc.taps.lookup import Registered, Sampler
 
@@ -30,7 +30,7 @@ def note_head(
     Raises:
         NotImplementedError: if its per-sample gradients would not be right.
     """
-    if not args or not isinstance(args[0], HeadRows):
+    if not are_head_rows(args):
         return
     if not batch_first:
         raise PrivacyNotImplementedError(
