@@ -255,6 +255,27 @@ def test_rows_in_another_order(mode: str, tied: bool) -> None:
     assert_sums(moved, oracle.clipped_sum(norm))
 
 
+@pytest.mark.parametrize("certify", ["always", "thinning"])
+@pytest.mark.parametrize("length", [N, T])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_with_the_batch_second(mode: str, name: str, length: int, certify: str) -> None:
+    """Its hidden states have the batch second, and are turned for the loss; there may be as many tokens as samples."""
+    torch.manual_seed(0)
+    model, (x, y) = MODELS[name](), data()
+    x, y = x[:, :length], y[:, :length]
+    oracle = reference(with_logits(model), CausalLMLoss(), (x,), y, N)
+    norm = oracle.total_norm().median().item()
+    module, optimizer, criterion = private(
+        model, ChunkedCausalLMLoss(), norm, grad_sample_mode=mode, batch_first=False, certify=certify
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(module(x.T).transpose(0, 1), model.head, y).backward()
+        torch.testing.assert_close(module.per_sample_gradient_norms, oracle.total_norm(), rtol=1e-10, atol=1e-10)
+        assert_sums(model, oracle.clipped_sum(norm))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_another_order_of_losses(mode: str) -> None:
     """The head is called on samples whose losses come in another order; backward finds whose its rows are."""
@@ -693,14 +714,6 @@ def test_a_head_outside_of_the_model(mode: str) -> None:
     loss = criterion(module(x), nn.Linear(D, V), y)
     with pytest.raises(ValueError, match="outside of the wrapped model"):
         loss.backward()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_batch_second(mode: str) -> None:
-    model, (x, y) = LanguageModel(), data()
-    module, _, criterion = private(model, ChunkedCausalLMLoss(), 1.0, grad_sample_mode=mode, batch_first=False)
-    with pytest.raises(NotImplementedError, match="batch_first=False"):
-        criterion(module(x.T).transpose(0, 1), model.head, y)
 
 
 @pytest.mark.parametrize("mode", MODES)

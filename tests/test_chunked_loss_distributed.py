@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from opacus_fgc import CausalLMLoss, ChunkedCausalLMLoss
 from opacus_fgc.planner import MEMORY, KeepPolicy
-from tests.distributed_cases import C, needs_fsdp, part, private, tensor_parallel, weights
+from tests.distributed_cases import C, ddp, needs_fsdp, part, private, tensor_parallel, weights
 from tests.ranks import Ranks, ranks, refused_on_all_ranks
 from tests.reference import reference
 
@@ -113,6 +113,7 @@ def steps(
     criterion: Callable = ChunkedCausalLMLoss,
     evaluate: bool = False,
     kept: float = 1 / 6,
+    model: nn.Module | None = None,
     **options: Any,
 ) -> None:
     """Steps by the loss in chunks, the second from where the first went."""
@@ -122,7 +123,7 @@ def steps(
     x = torch.randint(V, (11, T))
     y = x.clone()
     y[0, 4:], y[1, :3], y[2] = -100, -100, -100
-    plain = Hidden(**options)
+    plain = Hidden(**options) if model is None else model
     model = wrap(copy.deepcopy(plain))
     trained = [param for param in model.parameters() if param.requires_grad]
     module, optimizer, loss, _ = private(
@@ -234,6 +235,75 @@ def test_options_of_fsdp(group, mode):
 def test_mixed_precision(group, wrap, mode):
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float64)
     group(steps, partial(wrap, mp_policy=policy), mode, 1e-4)
+
+
+LENGTHS = (5, 3, 7, 4, 1, 2, 6, 3)
+
+
+def steps_of_packed(wrap: Callable, mode: str, tied: bool) -> None:
+    """Steps by the loss of packed sequences, of which each rank has some in a row."""
+    MEMORY.temporary = 4 * 3 * V
+    model = Hidden(tied)
+    sequences = [torch.randint(V, (length,)) for length in LENGTHS]
+    params = dict(model.named_parameters())
+    gradients = []
+    for sequence in sequences:
+        loss = CausalLMLoss()(model.head(model(sequence[None])), sequence[None])
+        own = torch.autograd.grad(loss, list(params.values()), allow_unused=True, materialize_grads=True)
+        gradients.append(dict(zip(params, own, strict=True)))
+    norms = torch.stack([torch.stack([one.norm() for one in each.values()]).norm() for each in gradients])
+    x = torch.zeros(len(sequences), 1)
+    module, optimizer, criterion, _ = private(
+        wrap(model), x, x, criterion=ChunkedCausalLMLoss(), grad_sample_mode=mode, any_batch=True, certify="always"
+    )
+    size = module.layout.data_ranks
+    own = partial(part, rank=module.layout.data_rank, size=size, least=1)
+    before, places = weights(module), own(torch.arange(len(sequences))).tolist()
+    tokens = torch.cat([sequences[place] for place in places])[None]
+    positions = torch.cat([torch.arange(LENGTHS[place]) for place in places])[None]
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(module(tokens), model.head, tokens, positions).backward()
+        torch.testing.assert_close(module.per_sample_gradient_norms, own(norms), rtol=1e-10, atol=1e-10)
+    optimizer.step()
+    after = weights(module)
+    for name in params:
+        exact = sum(
+            min(1.0, C / max(float(norm), 1e-9)) * one[name] for norm, one in zip(norms, gradients, strict=True)
+        )
+        moved = (before[name] - after[name]) * optimizer.expected_batch_size * size
+        torch.testing.assert_close(moved, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrap", [ddp, *(pytest.param(wrap, marks=needs_fsdp) for wrap in (blocks, head_too))])
+def test_packed_sequences(group, wrap, tied, mode):
+    if not (tied and wrap is head_too):
+        group(steps_of_packed, wrap, mode, tied)
+
+
+def with_lora(wrap: Callable, mode: str, targets: Sequence[str]) -> None:
+    """Steps with LoRA on the head."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+    plain = peft.get_peft_model(Hidden(), config).get_base_model()
+    steps(wrap, mode, model=plain)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("targets", [["head"], ["body.blocks.0.0", "head"]])
+@pytest.mark.parametrize("wrap", [root, blocks])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_an_adapter_on_the_head(group, wrap, targets, mode):
+    group(with_lora, wrap, mode, targets)
+
+
+@needs_fsdp
+def test_a_head_of_its_own_with_an_adapter_is_refused(group):
+    with refused_on_all_ranks(NotImplementedError, "the head is sharded over processes"):
+        group(with_lora, head_too, "ghost", ["head"])
 
 
 @needs_fsdp

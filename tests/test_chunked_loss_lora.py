@@ -197,3 +197,12 @@ def test_adapters_of_other_kinds_are_refused() -> None:
     model = peft.get_peft_model(Model(), peft.IA3Config(target_modules=["head"], feedforward_modules=[]))
     with pytest.raises(TypeError, match="Leave the head out of the adapter's target_modules"):
         ChunkedCausalLMLoss()(torch.randn(N, T, D), model.get_base_model().head, torch.randint(V, (N, T)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_models_with_the_batch_second_are_refused(mode: str) -> None:
+    model, inner = adapted("head")
+    module, criterion = private(model, mode, 1.0, batch_first=False)
+    x = torch.randint(V, (N, T))
+    with pytest.raises(NotImplementedError, match="batch_first=False"):
+        criterion(module(x.T).transpose(0, 1), inner.head, x).backward()

@@ -91,8 +91,10 @@ class SampleLosses:
         def run(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return criterion(*args, **kwargs)
 
-        if packed:
-            # Each loss is of one sequence's logits and labels by its definition.
+        if packed or (
+            not batch_first and getattr(type(self.criterion), "forward", None) is ChunkedCausalLMLoss.forward
+        ):
+            # Each loss is of one sequence's logits and labels by its definition, which has the batch first.
             return unreduced(self.criterion, args, kwargs)
         if shape is not None or not batch_first:
             run = unreduced

@@ -44,7 +44,8 @@ class Facts:
         shares_row: the layers that are called on a row that all samples share, and do the same on a copy for each.
         has_own_rows: those that were called on a row that they do not share.
         shared_inputs: the paths of inputs that have no samples in them, by the module that is called.
-        heads: the layers of a sharded model that were called on `HeadRows`, with the FSDP modules that have their weights.
+        heads: the layers of a sharded model that were called on `HeadRows`, or where FSDP sees nothing of it, with the FSDP
+            modules that have their weights.
     """
 
     layout: Layout
@@ -74,7 +75,7 @@ class Assignment(OpacusHooks):
         return self._facts.layout
 
     def _gather_heads(self) -> None:
-        """Has heads that were called on `HeadRows` whole, whose weights are needed where FSDP knows of no use of them."""
+        """Has the weights of heads whole, which are needed where FSDP knows of no use of them."""
         for owner in dict.fromkeys(self._facts.heads.values()):
             owner.unshard()
 
