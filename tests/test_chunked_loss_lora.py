@@ -206,3 +206,48 @@ def test_models_with_the_batch_second_are_refused(mode: str) -> None:
     x = torch.randint(V, (N, T))
     with pytest.raises(NotImplementedError, match="batch_first=False"):
         criterion(module(x.T).transpose(0, 1), inner.head, x).backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_that_is_trained_beside_adapters(mode: str) -> None:
+    torch.manual_seed(0)
+    model, inner = adapted("up", modules_to_save=["head"])
+    x = torch.randint(V, (N, T))
+    inner.logits = True
+    oracle = reference(model, CausalLMLoss(), (x,), x, N)
+    inner.logits = False
+    norm = oracle.total_norm().median().item()
+    module, criterion = private(model, mode, norm)
+    with pytest.raises(TypeError, match="Give the trained layer in it"):
+        criterion(module(x), inner.head, x)
+    criterion(module(x), inner.head.modules_to_save["default"], x).backward()
+    for name, gradient in oracle.clipped_sum(norm).items():
+        torch.testing.assert_close(model.get_parameter(name).summed_grad, gradient, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_sequences_and_units(mode: str) -> None:
+    torch.manual_seed(0)
+    model, inner = adapted("up", "head", bias=True)
+    lengths, owners, norm = (5, 3, 7, 4, 6), [0, 1, 0, 1, 2], 0.2
+    x = torch.randint(V, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    for unit in (None, owners):
+        inner.logits = True
+        losses = [CausalLMLoss()(model(tokens[None]), tokens[None]) for tokens in x[0].split(lengths)]
+        if unit is not None:
+            of_each = [[loss for loss, one in zip(losses, owners, strict=True) if one == owner] for owner in range(3)]
+            losses = [torch.stack(several).mean() for several in of_each]
+        gradients = [torch.autograd.grad(loss, list(params.values()), retain_graph=True) for loss in losses]
+        inner.logits = False
+        norms = [torch.stack([gradient.norm() for gradient in own]).norm() for own in gradients]
+        module, criterion = private(model, mode, norm)
+        criterion(module(x), inner.head, x, positions, unit=unit).backward()
+        torch.testing.assert_close(module.per_sample_gradient_norms, torch.stack(norms), rtol=1e-10, atol=1e-10)
+        for place, param in enumerate(params.values()):
+            wanted = sum(min(1.0, norm / float(one)) * own[place] for one, own in zip(norms, gradients, strict=True))
+            torch.testing.assert_close(param.summed_grad, wanted, rtol=1e-10, atol=1e-10)
+        module.cleanup() if hasattr(module, "cleanup") else module.remove_hooks()
+        for param in params.values():
+            param.summed_grad = None

@@ -72,7 +72,7 @@ class ChunkedCausalLMLoss(nn.Module):
             # The first token of a sequence is not predicted from the last one of the sequence before.
             targets = targets.masked_fill(starts, NOT_COUNTED)
         targets, bias = targets[:, 1:], base.bias
-        terms = terms_of(head, hidden[:, :-1])
+        terms = terms_of(head, hidden)
         lengths = [targets.shape[1]] * len(targets) if starts is None else _lengths(starts)
         with_gradient = torch.is_grad_enabled()
         of_positions, log_sums = _LossesInChunks.apply(

@@ -57,6 +57,8 @@ def base_of(head: Any) -> nn.Linear:
     linear_layer = isinstance(base, nn.Linear)
     if not linear_layer or type(base).forward is not nn.Linear.forward or "forward" in vars(base):
         adapted = " Leave the head out of the adapter's target_modules." if hasattr(head, "base_layer") else ""
+        if hasattr(head, "modules_to_save"):
+            adapted = " Give the trained layer in it (model.lm_head.modules_to_save['default'])."
         raise TypeError(
             f"ChunkedCausalLMLoss: the head is a {type(head).__name__}{' with a forward of its own' * linear_layer}; it has "
             f"to be a torch.nn.Linear (model.lm_head), whose logits are computed in chunks, or LoRA of peft on one.{adapted} "
@@ -70,7 +72,7 @@ def base_of(head: Any) -> nn.Linear:
 
 
 def terms_of(head: Any, hidden: Tensor) -> list[HeadTerm]:
-    """What the logits are the sum of; the linear layer first.
+    """What the logits of all tokens but the last are the sum of; the linear layer first.
 
     Args:
         head: what `base_of` was called on.
@@ -79,11 +81,12 @@ def terms_of(head: Any, hidden: Tensor) -> list[HeadTerm]:
     base: nn.Linear = head.base_layer if _is_lora(head) else head
     if issubclass(type(base), FSDPModule):
         hidden = hidden.to(base.weight.dtype)  # as FSDP does to what its modules are called on
-    terms = [HeadTerm(hidden, base)]
+    terms = [HeadTerm(hidden[:, :-1], base)]
     for name in _active(head):
         down, up = head.lora_A[name], head.lora_B[name]
         rows = down(head.lora_dropout[name](hidden.to(down.weight.dtype)))
-        terms.append(HeadTerm(rows * head.scaling[name], up))
+        # That layer sees all tokens, as packed samples have them.
+        terms.append(HeadTerm(rows[:, :-1] * head.scaling[name], up))
     return terms
 
 
