@@ -306,6 +306,54 @@ def test_a_head_of_its_own_with_an_adapter_is_refused(group):
         group(with_lora, head_too, "ghost", ["head"])
 
 
+class OfTransformers(nn.Module):
+    def __init__(self, causal: Any) -> None:
+        super().__init__()
+        self.causal = causal
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.causal.model(input_ids=tokens).last_hidden_state
+
+
+def with_transformers(mode: str, tied: bool, alone: bool) -> None:
+    """One step of a model of transformers, whose body is FSDP's outermost module, or is in one that returns hidden states."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    causal = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=V, tie_word_embeddings=tied, use_cache=False, **sizes)
+    )
+    causal, x = causal.double().train(), torch.randint(V, (9, T))
+    expected = reference(causal, lambda outputs, y: CausalLMLoss()(outputs, y), (x,), x, len(x))
+    for layer in causal.model.layers:
+        fully_shard(layer)
+    if alone:
+        model = causal
+        fully_shard(causal.model)
+        fully_shard(causal.lm_head)
+    else:
+        model = fully_shard(OfTransformers(causal))
+    module, optimizer, criterion, _ = private(
+        model, x, x, criterion=ChunkedCausalLMLoss(), grad_sample_mode=mode, any_batch=True
+    )
+    own, before = part(x, module.layout.data_rank, module.layout.data_ranks), weights(module)
+    hidden = causal.model(input_ids=own).last_hidden_state if alone else module(own)
+    criterion(hidden, causal.lm_head, own).backward()
+    optimizer.step()
+    after = weights(module)
+    for name, exact in expected.clipped_sum(C).items():
+        path = name if alone else f"causal.{name}"
+        moved = (before[path] - after[path]) * optimizer.expected_batch_size * module.layout.data_ranks
+        # These models do parts of their work in float32, whatever their dtype.
+        torch.testing.assert_close(moved, exact, rtol=1e-5, atol=1e-6)
+
+
+@needs_fsdp
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("tied", "alone"), [(False, False), (True, False), (False, True)])
+def test_a_model_of_transformers(group, tied, alone, mode):
+    group(with_transformers, mode, tied, alone)
+
+
 @needs_fsdp
 def test_a_head_that_is_not_whole_is_refused(group):
     with refused_on_all_ranks(

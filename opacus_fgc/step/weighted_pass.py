@@ -55,11 +55,7 @@ class WeightedPass(NormPass):
         rest = self.layout.of_any(self.record.unkept)
         self._profile.lap()
         self._gather_heads()
-        # FSDP sums nothing in a backward pass that does not come to its modules, as where a head alone is trained.
-        alone = {param for head in self._facts.heads for param in self._taps.layers[head].params.values()}.issuperset(
-            rest
-        )
-        if rest and (alone or not self.layout.on_all_ranks(self._weighs_exactly(loss_per_sample))):
+        if rest and not self.layout.on_all_ranks(self._weighs_exactly(loss_per_sample) and self._all_are_summed(rest)):
             self._sum_in_taps(rest, coef, loss_per_sample, retain_graph)
             self._profile.second_pass(rest)
             rest = []
@@ -84,6 +80,15 @@ class WeightedPass(NormPass):
         reduced = reduced_operations(loss_per_sample.device)
         convolves = "conv" in reduced and any(param.dim() > 2 for param in self._module.parameters())
         return "matmul" not in reduced and not convolves and not goes_through(loss_per_sample)
+
+    def _all_are_summed(self, params: Sequence[Any]) -> bool:
+        """Whether a backward pass brings a gradient of each parameter to FSDP, on this rank; all ranks sum the same ones.
+
+        It brings none of what this rank's losses do not use, as of an expert without tokens. And no pass comes to FSDP's modules
+        where a head alone is trained, which is called outside of them.
+        """
+        outside = {param for head in self._facts.heads for param in self._taps.layers[head].params.values()}
+        return not self.layout.reshards or not (outside.issuperset(params) or self.record.unused.intersection(params))
 
     def _sum_in_taps(self, params: Sequence[Any], coef: Tensor, loss_per_sample: Tensor, retain_graph: bool) -> None:
         """One more pass to the taps, in which gradients are summed as they come; see `Record.summing`."""
