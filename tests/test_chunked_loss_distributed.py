@@ -335,7 +335,8 @@ def with_transformers(mode: str, tied: bool, alone: bool) -> None:
     module, optimizer, criterion, _ = private(
         model, x, x, criterion=ChunkedCausalLMLoss(), grad_sample_mode=mode, any_batch=True
     )
-    own, before = part(x, module.layout.data_rank, module.layout.data_ranks), weights(module)
+    # These models' attention cannot be called on no samples.
+    own, before = part(x, module.layout.data_rank, module.layout.data_ranks, least=1), weights(module)
     hidden = causal.model(input_ids=own).last_hidden_state if alone else module(own)
     criterion(hidden, causal.lm_head, own).backward()
     optimizer.step()
