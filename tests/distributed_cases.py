@@ -97,6 +97,31 @@ class Mixture(Tokens):
         self.blocks = nn.ModuleList([Routed(), Routed()])
 
 
+class Hit(nn.Module):
+    """Experts of which only those are called that have tokens: others on each rank, and none on a rank without samples."""
+
+    def __init__(self, in_one: bool) -> None:
+        super().__init__()
+        self.embedding, self.gate, self.head = nn.Embedding(7, 6), nn.Linear(6, 3), nn.Linear(6, 7)
+        self.weights = nn.Parameter(torch.randn(3, 6, 6)) if in_one else None
+        self.experts = nn.ModuleList([] if in_one else [nn.Linear(6, 6) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embedding(x).flatten(0, 1)
+        weight, route = self.gate(tokens).softmax(1).max(1)
+        out = torch.zeros_like(tokens)
+        for place in route.unique().tolist():
+            mine = (route == place).nonzero().flatten()
+            rows = tokens[mine] @ self.weights[place] if self.weights is not None else self.experts[place](tokens[mine])
+            out = out.index_add(0, mine, rows * weight[mine, None])
+        return self.head(out.view(*x.shape, 6)).mean(1)
+
+
+def hit(in_one: bool) -> tuple[nn.Module, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return Hit(in_one), torch.randint(7, (11, 5)), torch.randint(7, (11,))
+
+
 def images() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
     return Images(), torch.randn(11, 1, 4, 4), torch.randint(3, (11,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,12 +27,12 @@ from opacus_fgc import (
     register_norm_sampler,
 )
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.criterion import chunked_causal_lm
+from opacus_fgc.criterion import head_terms
 from opacus_fgc.loss import MODES
 from opacus_fgc.norm_samplers import NORM_SAMPLERS
 from opacus_fgc.norm_samplers.head import HeadRows
 from opacus_fgc.per_sample import Dense, Outer, PerSampleGradient, Rows, TiledOuter, add
-from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, LogitGradients
+from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, LogitGradients, Term, spans_of
 from opacus_fgc.planner import MEMORY, KeepPolicy, NormMethod
 from opacus_fgc.taps import heads
 from tests.case import two_passes_by_hand
@@ -254,6 +255,27 @@ def test_rows_in_another_order(mode: str, tied: bool) -> None:
     assert_sums(moved, oracle.clipped_sum(norm))
 
 
+@pytest.mark.parametrize("certify", ["always", "thinning"])
+@pytest.mark.parametrize("length", [N, T])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_model_with_the_batch_second(mode: str, name: str, length: int, certify: str) -> None:
+    """Its hidden states have the batch second, and are turned for the loss; there may be as many tokens as samples."""
+    torch.manual_seed(0)
+    model, (x, y) = MODELS[name](), data()
+    x, y = x[:, :length], y[:, :length]
+    oracle = reference(with_logits(model), CausalLMLoss(), (x,), y, N)
+    norm = oracle.total_norm().median().item()
+    module, optimizer, criterion = private(
+        model, ChunkedCausalLMLoss(), norm, grad_sample_mode=mode, batch_first=False, certify=certify
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(module(x.T).transpose(0, 1), model.head, y).backward()
+        torch.testing.assert_close(module.per_sample_gradient_norms, oracle.total_norm(), rtol=1e-10, atol=1e-10)
+        assert_sums(model, oracle.clipped_sum(norm))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_another_order_of_losses(mode: str) -> None:
     """The head is called on samples whose losses come in another order; backward finds whose its rows are."""
@@ -449,14 +471,6 @@ def test_models_of_transformers(name: str, mode: str, wrap_model: bool) -> None:
             torch.testing.assert_close(param.summed_grad, wanted[f"model.{path}"], rtol=1e-5, atol=1e-6 * scale)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-def test_an_adapter_on_the_head_is_refused() -> None:
-    model = lora("q_proj", "lm_head").get_base_model()
-    hidden, y = torch.randn(N, T, 16), torch.randint(37, (N, T))
-    with pytest.raises(TypeError, match="Leave the head out of the adapter's target_modules"):
-        ChunkedCausalLMLoss()(hidden, model.lm_head, y)
-
-
 # How much is held
 
 
@@ -499,15 +513,15 @@ def test_logits_of_a_sequence_are_never_held(
 
 
 def logit_gradients(positions: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> LogitGradients:
-    hidden, weight = scale * torch.randn(N, positions, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
-    targets = torch.randint(V, (N, positions))
-    targets[0, :2] = NOT_COUNTED
-    log_sums = (hidden @ weight.mT).logsumexp(2)
-    return LogitGradients(hidden, weight, None, targets, log_sums, torch.rand(N, positions, dtype=dtype))
+    hidden, weight = scale * torch.randn(N * positions, D, dtype=dtype), torch.randn(V, D, dtype=dtype)
+    targets = torch.randint(V, (N * positions,))
+    targets[: min(2, positions)] = NOT_COUNTED
+    log_sums, factor = (hidden @ weight.mT).logsumexp(1), torch.rand(N, 1, dtype=dtype)
+    return LogitGradients((Term(hidden, weight),), None, targets, log_sums, spans_of([positions] * N), factor)
 
 
 def tiled(positions: int) -> TiledOuter:
-    return TiledOuter(logit_gradients(positions), torch.randn(N, positions, D), torch.Size((V, D)))
+    return TiledOuter(logit_gradients(positions), torch.randn(N * positions, D), torch.Size((V, D)))
 
 
 OTHERS: dict[str, Callable[[], PerSampleGradient]] = {
@@ -523,16 +537,16 @@ def test_form(positions: int) -> None:
     torch.manual_seed(0)
     form, coef, some = tiled(positions), torch.rand(N), torch.tensor([True, False, True, True, False])
     left = form.left
-    whole = torch.softmax(left.hidden @ left.weight.mT, 2) - F.one_hot(left.targets.clamp(min=0), V) * (
-        left.targets != NOT_COUNTED
-    ).unsqueeze(2)
-    gradients = (left.factor.unsqueeze(2) * whole).mT @ form.right
+    whole = torch.softmax(left.terms[0].hidden @ left.terms[0].weight.mT, 1) - F.one_hot(left.targets.clamp(min=0), V)
+    whole = (left.factor.repeat_interleave(positions, 0) * whole).masked_fill(left.targets.unsqueeze(1) < 0, 0)
+    whole, right = (each.unflatten(0, (N, positions)) for each in (whole, form.right))
+    gradients = whole.mT @ right
     torch.testing.assert_close(form.materialize(), gradients)
     torch.testing.assert_close(form.norm(), gradients.flatten(1).norm(dim=1))
     torch.testing.assert_close(form.weighted_sum(coef), torch.tensordot(coef, gradients, 1))
     torch.testing.assert_close(form.select(some).materialize(), gradients[some])
     torch.testing.assert_close(form.select(slice(1, 3)).norm(), gradients[1:3].flatten(1).norm(dim=1))
-    terms = left.factor * whole.norm(dim=2) * form.right.norm(dim=2)
+    terms = whole.norm(dim=2) * right.norm(dim=2)
     torch.testing.assert_close(form.norm_of_terms(), terms.norm(dim=1))
     assert (form.measured().norm == form.norm()).all()
 
@@ -542,16 +556,12 @@ def test_sum_of_two_forms(first: str, second: str) -> None:
     torch.manual_seed(0)
     a, b = OTHERS[first](), OTHERS[second]()
     if first == second == "tiled":  # of one head
-        b = TiledOuter(LogitGradients(b.left.hidden, a.left.weight, None, *vars_of(b)), b.right, b.shape)
+        b = TiledOuter(replace(b.left, terms=(Term(b.left.terms[0].hidden, a.left.terms[0].weight),)), b.right, b.shape)
     total = a.materialize() + b.materialize()
     added = add([a, b])
     torch.testing.assert_close(added.norm(), total.flatten(1).norm(dim=1))
     torch.testing.assert_close(added.weighted_sum(torch.ones(N)), total.sum(0))
     torch.testing.assert_close(a.inner(b), (a.materialize() * b.materialize()).flatten(1).sum(1))
-
-
-def vars_of(form: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return form.left.targets, form.left.log_sums, form.left.factor
 
 
 @pytest.mark.parametrize("second", ["", "rows", "outer"])
@@ -561,7 +571,7 @@ def test_no_sample_contributes_more_than_the_clipping_norm(second: str) -> None:
     torch.set_default_dtype(torch.float32)
     for scale in (1e-3, 1.0, 30.0):
         left = logit_gradients(40, torch.float32, scale)
-        right = torch.randn(N, 40, D)
+        right = torch.randn(N * 40, D)
         form: PerSampleGradient = TiledOuter(left, right, torch.Size((V, D)))
         if second:
             # Of the same size, and but for a little the opposite.
@@ -582,7 +592,7 @@ def test_no_sample_contributes_more_than_the_clipping_norm(second: str) -> None:
 def test_rows_of_one_sample() -> None:
     torch.manual_seed(0)
     form = tiled(3)
-    twice = TiledOuter(form.left.select(slice(0, 4)), form.right[:4], form.shape)
+    twice = form.select(slice(0, 4))
     wanted = twice.materialize().unflatten(0, (2, 2)).sum(1)
     torch.testing.assert_close(twice.sum_over_uses(2).materialize(), wanted)
     torch.testing.assert_close(twice.sum_over_uses(2).norm(), wanted.flatten(1).norm(dim=1))
@@ -615,7 +625,7 @@ def test_a_head_with_a_forward_of_its_own(trained: bool) -> None:
 
 
 def test_a_head_that_is_sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_causal_lm, "DTensor", nn.Parameter)
+    monkeypatch.setattr(head_terms, "DTensor", nn.Parameter)
     with pytest.raises(NotImplementedError, match="sharded over processes"):
         ChunkedCausalLMLoss()(torch.randn(N, T, D), nn.Linear(D, V), torch.randint(V, (N, T)))
 
@@ -692,7 +702,7 @@ def test_labels_that_are_no_tokens(label: int) -> None:
 
 
 def test_a_head_does_nothing_else_with_its_rows() -> None:
-    rows = HeadRows(torch.randn(N, T, D), torch.randint(V, (N, T)), torch.randn(N, T))
+    rows = HeadRows.of(torch.randn(N, T, D), torch.randint(V, (N, T)), torch.randn(N, T))
     with pytest.raises(NotImplementedError, match="it has to be a plain linear layer"):
         torch.relu(rows)
 
@@ -704,14 +714,6 @@ def test_a_head_outside_of_the_model(mode: str) -> None:
     loss = criterion(module(x), nn.Linear(D, V), y)
     with pytest.raises(ValueError, match="outside of the wrapped model"):
         loss.backward()
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_the_batch_second(mode: str) -> None:
-    model, (x, y) = LanguageModel(), data()
-    module, _, criterion = private(model, ChunkedCausalLMLoss(), 1.0, grad_sample_mode=mode, batch_first=False)
-    with pytest.raises(NotImplementedError, match="batch_first=False"):
-        criterion(module(x.T).transpose(0, 1), model.head, y)
 
 
 @pytest.mark.parametrize("mode", MODES)

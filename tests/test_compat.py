@@ -25,6 +25,7 @@ from opacus.grad_sample import GradSampleHooks, GradSampleModule
 from opacus.grad_sample import GradSampleModuleFastGradientClipping as OpacusModule
 from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call, grad, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -43,6 +44,7 @@ from opacus_fgc._compat import (
     pytree,
 )
 from opacus_fgc.distributed.topology import Layout
+from tests.distributed_cases import needs_fsdp
 
 ROOT = Path(opacus_fgc.__file__).parent
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -678,6 +680,20 @@ def test_gradient_divisors() -> None:
         assert distributed.gradient_divisors(model, 7) == [3]
     except NotImplementedError as error:
         assert "set_reduce_scatter_divide_factor" in str(error)  # noqa: PT017
+
+
+@needs_fsdp
+@pytest.mark.usefixtures("one_process")
+def test_gather_for_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sharded(nn.Sequential(nn.Linear(2, 2), sharded(nn.Linear(2, 2))))
+    distributed.gather_for_loss(model[1])
+    assert isinstance(model[0].weight, DTensor)
+    assert not isinstance(model[1].weight, DTensor)
+    model(torch.randn(3, 2))
+    assert not isinstance(model[1].weight, DTensor)
+    monkeypatch.setattr(type(model), "set_reshard_after_forward", property(lambda self: self.no_such_name))
+    with pytest.raises(NotImplementedError, match="fully_shard of torch"):
+        distributed.gather_for_loss(model)
 
 
 @pytest.mark.usefixtures("one_process")

@@ -25,6 +25,7 @@ from tests.distributed_cases import (
     experts,
     frozen,
     fsdp,
+    hit,
     hsdp,
     images,
     mixed,
@@ -224,6 +225,13 @@ def by_expert(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("wrap", [ddp, pytest.param(by_expert, marks=needs_fsdp)])
 def test_experts(group, wrap, way, mode):
     group(step, partial(experts_in_one, way), wrap, mode)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])
+@pytest.mark.parametrize("in_one", [False, True])
+@pytest.mark.parametrize("wrap", [ddp, pytest.param(fully_shard, marks=needs_fsdp)])
+def test_experts_without_tokens_on_some_ranks(group, wrap, in_one, mode):
+    group(step, partial(hit, in_one), wrap, mode)
 
 
 def in_chunks(mode: str) -> None:

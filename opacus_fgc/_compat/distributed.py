@@ -69,6 +69,22 @@ def gradient_divisors(module: FSDPModule, ranks: int) -> list[float]:
         return [_divisor(group, ranks) for group in _param_groups(module)]
 
 
+def gather_for_loss(module: FSDPModule) -> None:
+    """Gathers an FSDP2 module's own parameters, for a loss outside of its forward; they stay until backward has been there.
+
+    So that another evaluation of that loss on some ranks alone, as in a trial, does not wait for the other ranks.
+
+    Args:
+        module: as for `meshes_of`.
+
+    Raises:
+        NotImplementedError: if FSDP2 of this torch cannot do that (``set_reshard_after_forward``, torch 2.7 and newer).
+    """
+    with _names_of_fsdp():
+        module.set_reshard_after_forward(False, recurse=False)
+    module.unshard()
+
+
 def is_replicated(module: nn.Module) -> bool:
     """Whether ``torch.distributed._composable.replicate`` was called on a module.
 

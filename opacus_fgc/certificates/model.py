@@ -26,6 +26,7 @@ from opacus_fgc.certificates.ownership import Owned, find_owners
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.certificates.sketch import forget_weights, raise_on_all_ranks
+from opacus_fgc.norm_samplers.head import are_head_rows
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.graph import Reached, goes_through
 from opacus_fgc.taps.routes import arrangement
@@ -184,6 +185,8 @@ class CertifiedModel(TriedModel):
         # A statistic of the batch may be compared with a number: both signs; samples may touch those behind them: both halves.
         signs = (1, -1, 0) if due.is_new else (choices.choice((1, -1)),)
         for entrance in entrances_of(reached):
+            if are_head_rows(entrance.inputs[0]):
+                continue  # what they give is the same whatever they are
             own = {(call.layer, call.number): found for call, found in owned.items() if call.entrance is entrance}
             inputs = owned_inputs(entrance, own, batch)
             rows = {(call.layer, call.number): found for call, found in idle.items() if call.entrance is entrance} | own
@@ -234,6 +237,7 @@ class CertifiedModel(TriedModel):
     def _run(
         self, entrance: Entrance, batch: Batch, replacement: Replacement | None, state: ModelState | None, keep: bool
     ) -> Forward:
+        self._gather_heads()
         with entrance.again(keep) as random_states, restored(self._module):
             state = state or entrance.state
             if state is not None:

@@ -62,13 +62,14 @@ class CausalLMLoss(nn.Module):
         losses = losses / counted.clamp(min=1)
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
-    def sequences(self, position_ids: Tensor) -> Tensor:
+    @staticmethod
+    def sequences(position_ids: Tensor) -> Tensor:
         """Which of the packed sequences each token is of, shape ``(T,)``.
 
         Args:
             position_ids: see `forward`.
         """
-        return self.starts(position_ids)[0].cumsum(0) - 1
+        return CausalLMLoss.starts(position_ids)[0].cumsum(0) - 1
 
     @staticmethod
     def starts(position_ids: Tensor) -> Tensor:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from opacus_fgc import planner
-from opacus_fgc.errors import PrivacyNotImplementedError
-from opacus_fgc.norm_samplers.head import HeadRows, shares
-from opacus_fgc.norm_samplers.linear import linear
-from opacus_fgc.norm_samplers.registry import norm_sampler_of
-from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED
+from opacus_fgc.criterion.causal_lm import CausalLMLoss
+from opacus_fgc.criterion.head_terms import base_of, terms_of
+from opacus_fgc.norm_samplers.head import HeadRows
+from opacus_fgc.per_sample.logit_gradients import NOT_COUNTED, counted, spans_of
 from opacus_fgc.per_sample.precision import widened, without_autocast
-from opacus_fgc.taps.lookup import Registered, find_sampler
 
 
 class ChunkedCausalLMLoss(nn.Module):
@@ -46,59 +45,67 @@ class ChunkedCausalLMLoss(nn.Module):
         self.ignore_index = ignore_index
         self.reduction = reduction
 
-    def forward(self, hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, head: nn.Linear, labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Computes the loss.
 
         Args:
             hidden: what the head is applied to, shape ``(N, T, d)``, floating point.
             head: a linear layer from ``d`` features to the vocabulary.
             labels: tokens, shape ``(N, T)``, not shifted.
+            position_ids: of packed sequences the place of each token in its sequence, shape ``(1, T)``; see `CausalLMLoss`.
 
         Returns:
-            The loss, in float32 at least; shape ``(N,)`` without reduction, ``()`` with it.
+            The loss, in float32 at least; shape ``(N,)`` without reduction, ``()`` with it. ``N`` is the number of sequences.
 
         Raises:
             TypeError: if the head is no linear layer.
             ValueError: if the shapes do not fit, or a label is no token.
-            NotImplementedError: if the head is trained and not served by the norm sampler of linear layers, or is sharded.
+            NotImplementedError: if the head is trained and not served by the norm sampler of linear layers, or is sharded
+                and not to be made whole.
         """
-        self._check(hidden, head, labels)
-        labels = labels[:, 1:].long()
+        base = base_of(head)
+        self._check(hidden, base, labels)
+        starts = None if position_ids is None else self._starts(position_ids, labels)
+        labels = labels.long()
         targets = labels.masked_fill(labels == self.ignore_index, NOT_COUNTED)
-        hidden, bias = hidden[:, :-1], head.bias
+        if starts is not None:
+            # The first token of a sequence is not predicted from the last one of the sequence before.
+            targets = targets.masked_fill(starts, NOT_COUNTED)
+        targets, bias = targets[:, 1:], base.bias
+        terms = terms_of(head, hidden)
+        lengths = [targets.shape[1]] * len(targets) if starts is None else _lengths(starts)
         with_gradient = torch.is_grad_enabled()
-        losses, log_sums = _LossesInChunks.apply(
-            hidden,
-            head.weight.detach(),
+        of_positions, log_sums = _LossesInChunks.apply(
             None if bias is None else bias.detach(),
             targets,
-            with_gradient and hidden.requires_grad,
+            _counts(targets, lengths),
+            [with_gradient and term.hidden.requires_grad for term in terms],
+            *[term.hidden for term in terms],
+            *[term.layer.weight.detach() for term in terms],
         )
-        if with_gradient and any(param.requires_grad for param in head.parameters()):
-            losses = losses + head(HeadRows(hidden, targets, log_sums)).squeeze(1)
+        if starts is None:
+            spans, losses = None, of_positions.sum(1)
+        else:
+            spans = spans_of(lengths).squeeze(1)
+            several = of_positions[0].split(lengths) if lengths else ()
+            losses = torch.stack([one.sum() for one in several]) if lengths else of_positions.sum(1)[:0]
+        for term in terms:
+            if with_gradient and term.is_trained:
+                others = [pair for other in terms if other is not term for pair in other.pairs()]
+                rows = HeadRows.of(term.hidden, targets, log_sums, spans, others)
+                losses = losses + term.layer(rows).squeeze(1)
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()
 
-    def _check(self, hidden: Any, head: Any, labels: Any) -> None:
-        linear_layer = isinstance(head, nn.Linear)
-        if not linear_layer or type(head).forward is not nn.Linear.forward or "forward" in vars(head):
-            adapted = " Leave the head out of the adapter's target_modules." if hasattr(head, "base_layer") else ""
-            raise TypeError(
-                f"ChunkedCausalLMLoss: the head is a {type(head).__name__}{' with a forward of its own' * linear_layer}; it has "
-                f"to be a torch.nn.Linear (model.lm_head), whose logits are computed in chunks.{adapted} CausalLMLoss takes the "
-                "logits of any head"
+    def _starts(self, position_ids: Tensor, labels: Tensor) -> Tensor:
+        starts = CausalLMLoss.starts(position_ids)
+        if starts.shape != labels.shape:
+            raise ValueError(
+                f"ChunkedCausalLMLoss: position_ids have shape {tuple(starts.shape)}, labels {tuple(labels.shape)}; packed "
+                "sequences lie one after another in one row, and each token has a place"
             )
-        if isinstance(head.weight, DTensor):
-            raise PrivacyNotImplementedError(
-                "ChunkedCausalLMLoss: the head is sharded over processes (FSDP2, tensor parallel), and called outside of the "
-                "model's forward, where no process has all of its weight. Take CausalLMLoss, or replicate the model "
-                "(opacus.distributed.DifferentiallyPrivateDistributedDataParallel)"
-            )
-        if any(param.requires_grad for param in head.parameters()) and not _is_served(head):
-            raise PrivacyNotImplementedError(
-                f"ChunkedCausalLMLoss: the head, a {type(head).__name__}, is trained, and is not one that the norm sampler of "
-                "torch.nn.Linear serves: it has a parametrization, or a registered norm sampler. Take a plain torch.nn.Linear, "
-                "freeze the head, or take CausalLMLoss"
-            )
+        return starts
+
+    def _check(self, hidden: Tensor, head: nn.Linear, labels: Tensor) -> None:
         if hidden.dim() != 3 or hidden.shape[:2] != labels.shape or hidden.shape[2] != head.in_features:
             raise ValueError(
                 f"ChunkedCausalLMLoss: hidden states have shape {tuple(hidden.shape)}, labels {tuple(labels.shape)}, and the "
@@ -112,14 +119,22 @@ class ChunkedCausalLMLoss(nn.Module):
             )
 
 
-def _is_served(head: nn.Linear) -> bool:
-    registered = (norm_sampler_of(base) for base in type(head).__mro__)
-    function = next(one for one in registered if one is not None)
-    return function is linear and isinstance(find_sampler(head), Registered)
+def _lengths(starts: Tensor) -> list[int]:
+    """The positions of each packed sequence, without the last of the row, which predicts nothing."""
+    begins = [*starts[0].nonzero().flatten().tolist(), starts.shape[1]]
+    lengths = [stop - start for start, stop in pairwise(begins)]
+    return [*lengths[:-1], lengths[-1] - 1] if lengths else []
+
+
+def _counts(targets: Tensor, lengths: list[int]) -> Tensor:
+    """How many positions count of the sample that each one is of, shape ``(N, T)``."""
+    counts = counted(targets.flatten(), spans_of(lengths)).squeeze(1)
+    of_each = counts.repeat_interleave(torch.tensor(lengths, dtype=torch.int64, device=counts.device))
+    return of_each.clamp(min=1).reshape(targets.shape)
 
 
 class _LossesInChunks(torch.autograd.Function):
-    """The losses of samples by their hidden states, with the head as a constant.
+    """The losses of positions by their hidden states, with the head as a constant.
 
     A loss is one number, so that its gradient is known but for a factor as soon as its logits are there: it is computed with
     them, and kept in the place of them.
@@ -127,36 +142,48 @@ class _LossesInChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_gradient: bool
+        ctx: Any, bias: Tensor | None, targets: Tensor, counts: Tensor, trained: list[bool], *terms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Returns the losses, shape ``(N,)``, and the logarithms of the sums of exponentials, shape ``(N, T)``."""
-        dtype = widened(torch.promote_types(hidden.dtype, weight.dtype))
-        weight, positions, tokens = weight.to(dtype), hidden.flatten(0, 1), targets.flatten()
-        share = shares(targets, dtype).flatten()
+        """Returns what positions add to losses, and the logarithms of the sums of exponentials, each of shape ``(N, T)``."""
+        every, weights = terms[: len(terms) // 2], terms[len(terms) // 2 :]
+        dtype = widened(reduce(torch.promote_types, [term.dtype for term in terms]))
+        weights, tokens = tuple(weight.to(dtype) for weight in weights), targets.flatten()
+        positions = [hidden.flatten(0, 1) for hidden in every]
+        share = (tokens != NOT_COUNTED).to(dtype) / counts.flatten()
         losses, log_sums = (torch.zeros_like(share) for _ in range(2))
-        gradients = torch.zeros_like(positions, dtype=dtype) if with_gradient else None
-        with without_autocast(hidden.device):
-            for rows in planner.slices(len(positions), len(weight)):
-                logits = positions[rows].to(dtype) @ weight.mT
+        gradients = [
+            torch.zeros_like(of_term, dtype=dtype) if is_trained else None
+            for of_term, is_trained in zip(positions, trained, strict=True)
+        ]
+        with without_autocast(targets.device):
+            for rows in planner.slices(len(tokens), len(weights[0])):
+                logits = positions[0][rows].to(dtype) @ weights[0].mT
+                for of_term, weight in zip(positions[1:], weights[1:], strict=True):
+                    logits.addmm_(of_term[rows].to(dtype), weight.mT)
                 if bias is not None:
                     logits += bias
                 log_sums[rows] = logits.logsumexp(1)
-                counted, places = tokens[rows] != NOT_COUNTED, tokens[rows].clamp(min=0).unsqueeze(1)
-                losses[rows] = torch.where(counted, log_sums[rows] - logits.gather(1, places).squeeze(1), 0.0)
-                if gradients is not None:
+                is_counted, places = tokens[rows] != NOT_COUNTED, tokens[rows].clamp(min=0).unsqueeze(1)
+                losses[rows] = torch.where(is_counted, log_sums[rows] - logits.gather(1, places).squeeze(1), 0.0)
+                if any(trained):
                     by_logits = logits.sub_(log_sums[rows].unsqueeze(1)).exp_()
-                    by_logits.scatter_add_(1, places, -counted.to(dtype).unsqueeze(1))
-                    gradients[rows] = by_logits.mul_(share[rows].unsqueeze(1)) @ weight
-        if gradients is not None:
-            ctx.save_for_backward(gradients.reshape(hidden.shape))
-        ctx.dtype = hidden.dtype
+                    by_logits.scatter_add_(1, places, -is_counted.to(dtype).unsqueeze(1))
+                    by_logits.mul_(share[rows].unsqueeze(1))
+                for gradient, weight in zip(gradients, weights, strict=True):
+                    if gradient is not None:
+                        gradient[rows] = by_logits @ weight
+        pairs = zip(gradients, every, strict=True)
+        ctx.save_for_backward(*[None if one is None else one.reshape(hidden.shape) for one, hidden in pairs])
+        ctx.dtypes = [term.dtype for term in every]
         log_sums = log_sums.reshape(targets.shape)
         ctx.mark_non_differentiable(log_sums)
-        return (losses * share).reshape(targets.shape).sum(1), log_sums
+        return (losses * share).reshape(targets.shape), log_sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Multiplies what is known with the factor."""
-        (gradients,) = ctx.saved_tensors
-        return (gradient[:, None, None] * gradients).to(ctx.dtype), *[None] * 4
+        """Multiplies what is known with the factors."""
+        factors, dtypes = gradient.unsqueeze(2), ctx.dtypes
+        pairs = zip(ctx.saved_tensors, dtypes, strict=True)
+        products = [None if one is None else (factors * one).to(dtype) for one, dtype in pairs]
+        return *[None] * 4, *products, *[None] * len(dtypes)

@@ -15,10 +15,13 @@ from opacus_fgc.certificates.criterion import check_independent_losses, check_re
 from opacus_fgc.certificates.sketch import OUT_OF_MEMORY
 from opacus_fgc.criterion.arguments import Arguments
 from opacus_fgc.criterion.causal_lm import CausalLMLoss
+from opacus_fgc.criterion.chunked_causal_lm import ChunkedCausalLMLoss
 from opacus_fgc.criterion.reduction import takes_reduction, unreduced
 from opacus_fgc.criterion.torch_criteria import TorchCriterion
 from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.taps.graph import depends_past
+
+_PLACE_OF_POSITIONS: dict[Any, int] = {CausalLMLoss.forward: 2, ChunkedCausalLMLoss.forward: 3}
 
 
 class SampleLosses:
@@ -88,8 +91,10 @@ class SampleLosses:
         def run(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return criterion(*args, **kwargs)
 
-        if packed:
-            # Each loss is of one sequence's logits and labels by its definition.
+        if packed or (
+            not batch_first and getattr(type(self.criterion), "forward", None) is ChunkedCausalLMLoss.forward
+        ):
+            # Each loss is of one sequence's logits and labels by its definition, which has the batch first.
             return unreduced(self.criterion, args, kwargs)
         if shape is not None or not batch_first:
             run = unreduced
@@ -141,10 +146,11 @@ class SampleLosses:
         """
         criterion: Any = self.criterion
         # Not in a class that computes something else.
-        if not isinstance(criterion, CausalLMLoss) or type(criterion).forward is not CausalLMLoss.forward:
+        place = _PLACE_OF_POSITIONS.get(getattr(type(criterion), "forward", None))
+        if place is None:
             return None
-        position_ids = args[2] if len(args) > 2 else kwargs.get("position_ids")
-        return None if position_ids is None else criterion.sequences(position_ids)
+        position_ids = args[place] if len(args) > place else kwargs.get("position_ids")
+        return None if position_ids is None else CausalLMLoss.sequences(position_ids)
 
     def _copies(self, model: nn.Module | None) -> Callable[[], Any]:
         """Gives the criterion as it is now, for a run that leaves nothing behind; functions cannot be copied."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,12 @@ class FSDP:
     def over_gloo(self) -> list[Any]:
         """Those whose ranks tell each other sums over gloo."""
         return [module for module in self.modules if any(mesh.device_type == "cpu" for mesh in meshes_of(module))]
+
+    @cached_property
+    def owners(self) -> dict[nn.Module, Any]:
+        """The FSDP module by which each module of the model has its parameters."""
+        # Outer ones come first.
+        return {inner: module for module in self.modules for inner in cast(nn.Module, module).modules()}
 
     def reshard(self) -> None:
         """Gives up what is left whole of the outermost module after a forward without a backward, as of an evaluation."""

@@ -61,7 +61,10 @@ class Grouped(PerSampleGradient):
     def inner(self, other: PerSampleGradient) -> Tensor:
         if isinstance(other, Grouped) and self._has_groups_of(other):
             return self._in_order([a.inner(b) for a, b in zip(self.forms, other.forms, strict=True)])
-        return Dense(self.materialize()).inner(other)
+        of_groups = [torch.zeros(self.batch_size, dtype=torch.bool, device="cpu") for _ in self.places]
+        for mask, places in zip(of_groups, self.places, strict=True):
+            mask[places] = True
+        return self._in_order([a.inner(other.select(b)) for a, b in zip(self.forms, of_groups, strict=True)])
 
     def _has_groups_of(self, other: Grouped) -> bool:
         return len(self.places) == len(other.places) and all(map(torch.equal, self.places, other.places))

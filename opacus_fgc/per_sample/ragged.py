@@ -85,7 +85,7 @@ class Ragged(PerSampleGradient):
 
     def inner(self, other: PerSampleGradient) -> Tensor:
         if not isinstance(other, Ragged):
-            return super().inner(other)
+            other = Ragged([other], [torch.ones(self.batch_size, dtype=torch.int64, device="cpu")])
         return self._of_each(lambda form, of_other: form.inner(of_other), other)
 
     def materialize(self) -> Tensor:

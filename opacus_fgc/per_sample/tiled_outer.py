@@ -16,15 +16,15 @@ from opacus_fgc.planner import NO_ROOM, NormMethod, Room
 
 
 class TiledOuter(PerSampleGradient):
-    """``gradient[n] = sum_t left[n, t] (x) right[n, t]``, as `Outer`, with left sides that are computed anew in tiles.
+    """``gradient[n] = sum_t left[t] (x) right[t]`` over the positions t of a sample, with left sides computed anew in tiles.
 
     Rows of the gradient are of one token of the vocabulary each, and need its logits alone. So the vocabulary is gone through
     in tiles, sample by sample, each an `Outer` of its own: ``|g|^2`` is the sum of the tiles' squared norms, and the weighted
     sum is written tile by tile. Each pass over the tiles takes one product of the head more than an `Outer`.
 
     Args:
-        left: the gradients by the logits, ``(N, T, V)``.
-        right: shape ``(N, T, d)``.
+        left: the gradients by the logits.
+        right: shape ``(positions, d)``.
         shape: shape of the parameter, ``V * d`` elements in that order.
     """
 
@@ -34,19 +34,20 @@ class TiledOuter(PerSampleGradient):
         self.left = left
         self.right = right
         self.shape = shape
-        self.batch_size = len(right)
-        self._left_norms: Tensor | None = None
+        self.batch_size = len(left.spans)
+        self._left_norms: list[Tensor] | None = None
 
     @property
     def elements(self) -> int:
         # The activations are in memory anyway, for as long as autograd has use for them.
-        return 3 * self.right.shape[:2].numel()
+        return 3 * len(self.right)
 
     @property
     def _tiles(self) -> list[slice]:
         """The vocabulary in tiles, of which logits and gradients of one sample stay within `planner.Memory.temporary`."""
-        tokens = len(self.left.weight)
-        tiles = planner.slices(tokens, max(*self.right.shape[1:], *self.left.hidden.shape[1:]))
+        tokens = self.left.tokens
+        longest = max(self.left.lengths(), default=0)
+        tiles = planner.slices(tokens, max(longest, self.right.shape[1], self.left.width))
         return [slice(rows.start, min(rows.stop, tokens)) for rows in tiles]
 
     def left_tiles(self, sample: int) -> Iterator[tuple[slice, Tensor]]:
@@ -55,37 +56,37 @@ class TiledOuter(PerSampleGradient):
 
     def right_of(self, sample: int) -> Tensor:
         """The right side of one sample, shape ``(T, d)``, float32 or wider."""
-        return at_least_float32(self.right[sample]).to(self.left.dtype)
+        return at_least_float32(self.left.of_sample(sample, self.right)).to(self.left.dtype)
 
     def measured(self, room: Room = NO_ROOM) -> Measured:
-        temporary = self._tiles[0].stop * max(self.right.shape[1:])
+        temporary = self._tiles[0].stop * max(max(self.left.lengths(), default=0), self.right.shape[1])
         return super().measured(room)._replace(temporary=temporary)
 
     def norm(self) -> Tensor:
-        norms, left_norms = [], []
-        if not self.right.shape[:2].numel():
-            self._left_norms = torch.zeros_like(self.left.log_sums)
-            return self._left_norms.new_zeros(self.batch_size)
-        for n in range(self.batch_size):
+        norms, self._left_norms = [self.left.log_sums.new_zeros(0)], []
+        for n, length in enumerate(self.left.lengths()):
             right, of_tiles, left_of_tiles = self.right_of(n), [], []
-            for _, left in self.left_tiles(n):
+            for _, left in self.left_tiles(n) if length else ():
                 left_of_tiles.append(row_norms(left))
                 shape = torch.Size((left.shape[1], right.shape[1]))
                 of_tiles.append(Outer(left.unsqueeze(0), right.unsqueeze(0), shape).norm())
-            norms.append(row_norms(torch.cat(of_tiles)))
-            left_norms.append(row_norms(torch.stack(left_of_tiles, 1)))
-        self._left_norms = torch.stack(left_norms)
-        return torch.stack(norms)
+            norms.append(row_norms(torch.cat(of_tiles)).reshape(1) if length else right.new_zeros(1))
+            self._left_norms.append(row_norms(torch.stack(left_of_tiles, 1)) if length else right.new_zeros(0))
+        return torch.cat(norms)
 
     @property
     def summands(self) -> int:
-        return self.right.shape[1]
+        return max(self.left.lengths(), default=0)
 
     def norm_of_terms(self) -> Tensor:
         if self._left_norms is None:
             self.norm()
         assert self._left_norms is not None
-        return row_norms(factor_norms(self._left_norms.unsqueeze(2)) * factor_norms(self.right)).to(self.left.dtype)
+        norms = [self.left.log_sums.new_zeros(0)]
+        for n, left in enumerate(self._left_norms):
+            terms = factor_norms(left.unsqueeze(1)) * factor_norms(self.left.of_sample(n, self.right))
+            norms.append(row_norms(terms.unsqueeze(0)).to(self.left.dtype))
+        return torch.cat(norms)
 
     def _write_sum(self, total: Tensor, sample: int, right: Tensor) -> None:
         for rows, left in self.left_tiles(sample):
@@ -93,13 +94,13 @@ class TiledOuter(PerSampleGradient):
 
     def weighted_sum(self, coef: Tensor) -> Tensor:
         coef = coef.to(self.left.dtype)
-        total = self.left.log_sums.new_zeros(len(self.left.weight), self.right.shape[2])
+        total = self.left.log_sums.new_zeros(self.left.tokens, self.right.shape[1])
         for n in range(self.batch_size):
             self._write_sum(total, n, coef[n] * self.right_of(n))
         return total.reshape(self.shape)
 
     def materialize(self) -> Tensor:
-        gradients = self.left.log_sums.new_zeros(self.batch_size, len(self.left.weight), self.right.shape[2])
+        gradients = self.left.log_sums.new_zeros(self.batch_size, self.left.tokens, self.right.shape[1])
         for n, gradient in enumerate(gradients):
             self._write_sum(gradient, n, self.right_of(n))
         return gradients.reshape(self.batch_size, *self.shape)
@@ -115,11 +116,10 @@ class TiledOuter(PerSampleGradient):
     @classmethod
     def joined(cls, forms: Sequence[TiledOuter]) -> TiledOuter:
         left = LogitGradients.joined([form.left for form in forms])
-        return cls(left, torch.cat([form.right for form in forms], 1), forms[0].shape)
+        return cls(left, torch.cat([form.right for form in forms]), forms[0].shape)
 
     def select(self, samples: slice | Tensor) -> TiledOuter:
-        return TiledOuter(self.left.select(samples), self.right[samples], self.shape)
+        return TiledOuter(self.left.select(samples), self.right, self.shape)
 
     def sum_over_uses(self, uses: int) -> TiledOuter:
-        right = self.right.unflatten(0, (-1, uses)).flatten(1, 2)
-        return TiledOuter(self.left.over_uses(uses), right, self.shape)
+        return TiledOuter(self.left.over_uses(uses), self.right, self.shape)

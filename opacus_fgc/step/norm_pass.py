@@ -151,6 +151,7 @@ class NormPass(LayerNorms):
         return norms
 
     def _backward_to_taps(self, loss: Tensor, retain_graph: bool) -> None:
+        self._gather_heads()
         with pass_of(self):
             torch.autograd.grad(loss, self._facts.anchor, retain_graph=retain_graph, allow_unused=True)
 

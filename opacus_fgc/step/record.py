@@ -45,6 +45,7 @@ class Record:
         changed_buffers: the names of buffers that forward changed.
         interleave: makes one batch of several uses.
         unkept: the parameters that were measured, and of which nothing was kept.
+        unused: those that this rank's losses do not use.
         sums: what the clipped sums come from.
         step: what makes backprops that come to this record known as seen; None if they may come any number of times.
         brought: leaves that require a gradient, and that the model's inputs depend on (False) or are (True).
@@ -72,6 +73,7 @@ class Record:
         self.changed_buffers: set[str] = set()
         self.interleave = Interleave()
         self.unkept: list[Any] = []
+        self.unused: set[Any] = set()
         self.sums = WeightedSums()
         self.step: Step | None = None
         self.brought: dict[Tensor, bool] = {}
@@ -209,6 +211,7 @@ class Record:
         for param in missing:
             dtype = widened(param.dtype).to_real()
             self._norms[param] = torch.zeros(self.batch_size, dtype=dtype, device=param.device)
+        self.unused.update(missing)
         return self._norms
 
     def measured(self) -> Iterable[tuple[Any, Tensor]]:

@@ -54,10 +54,12 @@ class WeightedPass(NormPass):
         retain_graph = self.record.step is not None and self.record.step.graph_is_retained
         rest = self.layout.of_any(self.record.unkept)
         self._profile.lap()
-        if rest and not self.layout.on_all_ranks(self._weighs_exactly(loss_per_sample)):
+        self._gather_heads()
+        if rest and not self.layout.on_all_ranks(self._weighs_exactly(loss_per_sample) and self._all_are_summed(rest)):
             self._sum_in_taps(rest, coef, loss_per_sample, retain_graph)
             self._profile.second_pass(rest)
             rest = []
+            self._gather_heads()
         later = set(rest)
         yield from as_parameters(self.layout, self._kept_sums(later, coef))
         if rest:
@@ -66,6 +68,7 @@ class WeightedPass(NormPass):
                 gradients = gradients_of(self.layout, weighted, rest, self._facts.unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._profile.second_pass(rest)
+        self._reshard_heads()
 
     def _weighs_exactly(self, loss_per_sample: Tensor) -> bool:
         """Whether the gradient of the weighted loss is, but for roundings of float32, the weighted sum of what was measured."""
@@ -77,6 +80,15 @@ class WeightedPass(NormPass):
         reduced = reduced_operations(loss_per_sample.device)
         convolves = "conv" in reduced and any(param.dim() > 2 for param in self._module.parameters())
         return "matmul" not in reduced and not convolves and not goes_through(loss_per_sample)
+
+    def _all_are_summed(self, params: Sequence[Any]) -> bool:
+        """Whether a backward pass brings a gradient of each parameter to FSDP, on this rank; all ranks sum the same ones.
+
+        It brings none of what this rank's losses do not use, as of an expert without tokens. And no pass comes to FSDP's modules
+        where a head alone is trained, which is called outside of them.
+        """
+        outside = {param for head in self._facts.heads for param in self._taps.layers[head].params.values()}
+        return not self.layout.reshards or not (outside.issuperset(params) or self.record.unused.intersection(params))
 
     def _sum_in_taps(self, params: Sequence[Any], coef: Tensor, loss_per_sample: Tensor, retain_graph: bool) -> None:
         """One more pass to the taps, in which gradients are summed as they come; see `Record.summing`."""

@@ -44,6 +44,8 @@ class Facts:
         shares_row: the layers that are called on a row that all samples share, and do the same on a copy for each.
         has_own_rows: those that were called on a row that they do not share.
         shared_inputs: the paths of inputs that have no samples in them, by the module that is called.
+        heads: the layers of a sharded model that were called on `HeadRows`, or where FSDP sees nothing of it, with the FSDP
+            modules that have their weights.
     """
 
     layout: Layout
@@ -59,6 +61,7 @@ class Facts:
     shares_row: set[nn.Module] = field(default_factory=set)
     has_own_rows: set[nn.Module] = field(default_factory=set)
     shared_inputs: dict[nn.Module, set[str]] = field(default_factory=dict)
+    heads: dict[nn.Module, Any] = field(default_factory=dict)
 
 
 class Assignment(OpacusHooks):
@@ -70,6 +73,16 @@ class Assignment(OpacusHooks):
     def layout(self) -> Layout:
         """How the model lies over processes."""
         return self._facts.layout
+
+    def _gather_heads(self) -> None:
+        """Has the weights of heads whole, which are needed where FSDP knows of no use of them."""
+        for owner in dict.fromkeys(self._facts.heads.values()):
+            owner.unshard()
+
+    def _reshard_heads(self) -> None:
+        """Undoes `_gather_heads`."""
+        for owner in dict.fromkeys(self._facts.heads.values()):
+            owner.reshard()
 
     def iterate_submodules(self, module: nn.Module) -> Iterator[nn.Module]:
         """The modules that are tapped: all with trainable parameters of their own, but for those inside a functorch layer."""

@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from opacus_fgc._compat.modules import PRIVATE_NAMES_BESIDE_FORWARD, ConvNd, InstanceNorm, parameters_by_name
 from opacus_fgc.distributed.shards import plain_type
+from opacus_fgc.norm_samplers.head import are_head_rows
 from opacus_fgc.norm_samplers.registry import TRAITS, Arranged, Forms, Traits, norm_sampler_of
 from opacus_fgc.per_sample import Dense, NormOnly, PerSampleGradient, add
 from opacus_fgc.taps.functorch import Functorch
@@ -281,6 +282,8 @@ def batch_axis(layer: nn.Module, inputs: Any, batch_first: bool) -> int:
     if isinstance(layer, SequenceBias):
         return 0 if layer.batch_first else 1
     if batch_first or isinstance(layer, (RNNLinear, ConvNd, nn.GroupNorm, InstanceNorm, nn.EmbeddingBag)):
+        return 0
+    if are_head_rows(inputs[0]):
         return 0
     if isinstance(layer, nn.Embedding):
         features = 0

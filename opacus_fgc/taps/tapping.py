@@ -26,7 +26,7 @@ from opacus_fgc.step.record import Record
 from opacus_fgc.taps.assignment import Assignment
 from opacus_fgc.taps.functorch import is_repeating
 from opacus_fgc.taps.graph import leaves_of
-from opacus_fgc.taps.heads import check_head
+from opacus_fgc.taps.heads import note_head
 from opacus_fgc.taps.lookup import (
     Sampler,
     arranged,
@@ -157,7 +157,7 @@ class Tapping(Assignment):
         # What was computed from its parameters, and is in their place, is no use of them that its sampler knows.
         if not self._holds_its_own(module, layer):
             return forward_output
-        check_head(forward_input, layer.sampler, layer.params.values(), self.batch_first)
+        note_head(module, layer, forward_input, self._running.outermost is None, self._facts, self.batch_first)
         if self._taps.ops.active and layer.sampler.covers_children:
             self._taps.ops.leave_covered((forward_input, forward_kwargs), forward_output)
         # What comes of parameters and constants alone is caught where it meets the data.
