@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc._compat.backends import fp32_precision_getter
+from opacus_fgc.per_sample.doubts import reads_are_free
 
 # The dtypes whose rounding is not small against a privacy guarantee, and what takes their place.
 _WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -94,7 +95,7 @@ def row_norms(rows: Tensor) -> Tensor:
 def factor_norms(rows: Tensor) -> Tensor:
     """As `row_norms`, of what is multiplied: small norms are right, too, and no square overflows. Of any float dtype."""
     # To ask takes longer than wide norms of few elements, and of those on another device.
-    if rows.numel() > _FEW and rows.device.type == "cpu":
+    if rows.numel() > _FEW and reads_are_free(rows.device):
         norms = row_norms(rows)
         smallest, largest = torch.stack(norms.aminmax()).tolist()
         if smallest >= least_norm(rows.shape[-1], norms.dtype) and largest < math.inf:

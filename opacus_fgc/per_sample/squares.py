@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opacus_fgc.per_sample.doubts import Factors, cancelled, noted
+
 
 class Squares(NamedTuple):
     """Squared norms that came of adding up what may cancel.
@@ -17,12 +19,14 @@ class Squares(NamedTuple):
         scale: the sum of the absolute values of what was added up, or more; shape ``(N,)``.
         small: a mask of the samples with factors so small that squares of them may have vanished, shape ``(N,)``; None for none.
         vanished: says of which samples that matters, by another such mask.
+        factors: what tells the same to `Doubts`, in the place of both.
     """
 
     values: Tensor
     scale: Tensor
     small: Tensor | None = None
     vanished: Callable[[], Tensor] | None = None
+    factors: Factors | None = None
 
     def norm(self, exact: Callable[[Tensor], Tensor]) -> Tensor:
         """The norms: what they are, or more by as much as they may have been rounded down.
@@ -32,8 +36,15 @@ class Squares(NamedTuple):
         """
         rounding = _ROUNDINGS * torch.finfo(self.values.dtype).eps
         norm = torch.add(self.values, self.scale, alpha=rounding).clamp_(min=0).sqrt_()
-        # Not `<=`: where something overflowed, NaN is neither.
-        doubtful = ~(_CANCELLED * self.values > self.scale)
+        doubts = noted(norm.device)
+        if doubts is not None:
+            if self.small is None or self.vanished is None:
+                doubts.add(self.values, self.scale, self.factors)
+            else:
+                doubtful = cancelled(self.values, self.scale) & (self.scale != 0)
+                doubts.add_mask(doubtful | (self.small & self.vanished()))
+            return norm
+        doubtful = cancelled(self.values, self.scale)
         seen = doubtful if self.small is None else doubtful | self.small
         if seen.any():
             doubtful &= self.scale != 0
@@ -45,5 +56,5 @@ class Squares(NamedTuple):
 
 
 # Squares are off by so many roundings of their scale at most (3.6 were measured, with few and with many, with equal and with
-# random terms), which is less than 1e-5 of them as long as this share of the scale is left.
-_ROUNDINGS, _CANCELLED = 4, 32
+# random terms), which is less than 1e-5 of them as long as they have not `cancelled`.
+_ROUNDINGS = 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from opacus_fgc.certificates.ownership_errors import PADDING, TOKENS
 from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
+from opacus_fgc.per_sample.doubts import Doubts
 from opacus_fgc.per_sample.precision import full_precision, is_half, widened
 from opacus_fgc.planner import KeepBudget, Room
 from opacus_fgc.step.phase import Phase
@@ -53,6 +55,8 @@ class Record:
         recomputed: whether gradients came of steps that a sampler computed again in less than float64, so that they are not
             those of autograd to a few roundings.
         looking: whether activations are searched for inf and NaN.
+        losses: those of the samples, if it was not looked at whether they are finite.
+        doubts: where it is noted what makes norms doubtful, if they are looked at after the pass only.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
 
@@ -78,6 +82,8 @@ class Record:
         self.in_half = False
         self.recomputed = False
         self.looking = False
+        self.losses: Tensor | None = None
+        self.doubts: Doubts | None = None
         self.first_not_finite = ""
         self.uses = Uses()
         self._forms: dict[Any, list[PerSampleGradient]] = {}
@@ -205,10 +211,9 @@ class Record:
             elif param in self._summed and self._coef is not None:
                 self.sums.add_up(param, form, self._coef, self.loss_scale)
             return None
-        measured = form.measured(room)
-        factor = (len(measured.norm) if self.loss_reduction == "mean" else 1) / self.loss_scale
-        if factor != 1:
-            measured = measured._replace(norm=measured.norm * factor)
+        with nullcontext() if self.doubts is None else self.doubts.noting(param):
+            measured = form.measured(room)
+        measured = measured._replace(norm=_unscaled(measured.norm, self))
         self._norms[param] = measured.norm
         if measured.kept is None:
             self.unkept.append(param)
@@ -217,6 +222,18 @@ class Record:
             if not room.everything:
                 self.budget.spend(measured.kept.elements)
         return measured
+
+
+def measure_again(record: Record, params: Iterable[Any]) -> None:
+    """Computes norms of parameters, of which a record kept all, once more, and looks at them as they come."""
+    for param in params:
+        with full_precision(param.device):
+            record._norms[param] = _unscaled(record.sums.kept(param).norm(), record)
+
+
+def _unscaled(norms: Tensor, record: Record) -> Tensor:
+    factor = (len(norms) if record.loss_reduction == "mean" else 1) / record.loss_scale
+    return norms if factor == 1 else norms * factor
 
 
 def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:

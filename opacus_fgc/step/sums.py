@@ -26,6 +26,10 @@ class WeightedSums:
         """Keeps the per-sample gradients of a parameter, for `take`."""
         self._kept[param] = form
 
+    def kept(self, param: Any) -> PerSampleGradient:
+        """What is kept of a parameter."""
+        return self._kept[param]
+
     def add_up(self, param: Any, form: PerSampleGradient, coef: Tensor, loss_scale: float) -> None:
         """Sums the per-sample gradients of a parameter at once, so that they need not be kept.
 

@@ -1,0 +1,117 @@
+"""Norms that may have lost what cancelled, where a look at them is a wait for the device.
+
+On a CPU a look costs nothing, and `Squares.norm` looks at each norm as it comes. Any other device works behind the program, which
+has to wait for it until all is done that was asked for so far. There a pass notes what makes norms doubtful, and looks once, at
+its end; the few that are doubtful are then computed as on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+READ_FREELY = frozenset({"cpu"})
+"""The types of device on which a look costs nothing; none in tests of what is done on others."""
+
+
+def reads_are_free(device: torch.device) -> bool:
+    """Whether the program can look at what lies on a device without waiting for it."""
+    return device.type in READ_FREELY
+
+
+class Factors(NamedTuple):
+    """What tells whether squares of small factors vanished.
+
+    Attributes:
+        left: the largest absolute value of each factor on the left, shape ``(N, *)``.
+        right: likewise on the right.
+        least: norms that a left and a right factor have at least, if no square that vanishes matters.
+        elements: number of elements of a left times that of a right factor.
+    """
+
+    left: Tensor
+    right: Tensor
+    least: tuple[float, float]
+    elements: int
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, least: tuple[float, float]) -> Factors:
+        """Of the factors themselves, along the last axes."""
+        largest = [torch.linalg.vector_norm(side, ord=math.inf, dim=-1).flatten(1) for side in (left, right)]
+        return cls(largest[0], largest[1], least, left.shape[-1] * right.shape[-1])
+
+
+def cancelled(values: Tensor, scale: Tensor) -> Tensor:
+    """A mask of sums of which so little of their scale is left that roundings of it matter; or NaN."""
+    # Not `<=`: where something overflowed, NaN is neither.
+    return ~(_CANCELLED * values > scale)
+
+
+# Less than 1e-5 of squares is rounding as long as this share of their scale is left; see `squares`.
+_CANCELLED = 32
+
+
+class Doubts:
+    """What makes the norms of a pass doubtful, noted until it is looked at."""
+
+    def __init__(self) -> None:
+        self._param: Any = None
+        self._sums: dict[Any, list[tuple[Any, Tensor, Tensor, Factors | None]]] = {}
+        self._flags: list[tuple[Any, Tensor]] = []
+
+    @contextmanager
+    def noting(self, param: Any) -> Iterator[None]:
+        """A context in which the norms of a parameter are computed, and none is looked at."""
+        global _noted
+        before, _noted, self._param = _noted, self, param
+        try:
+            yield
+        finally:
+            _noted = before
+
+    def add(self, values: Tensor, scale: Tensor, factors: Factors | None) -> None:
+        """Notes squared norms; see `squares.Squares`."""
+        shape = None if factors is None else (factors.left.shape, factors.right.shape)
+        key = (values.shape, values.dtype, values.device, shape)
+        self._sums.setdefault(key, []).append((self._param, values, scale, factors))
+
+    def add_mask(self, mask: Tensor) -> None:
+        """Notes which norms are doubtful."""
+        self._flags.append((self._param, mask.any()))
+
+    def flags(self, device: torch.device) -> tuple[list[Any], Tensor | None]:
+        """The parameters of which something was noted, and for each whether one of its norms is doubtful; None for none."""
+        params, flags = [param for param, _ in self._flags], [flag.to(device) for _, flag in self._flags]
+        flags = [torch.stack(flags)] if flags else []
+        for several in self._sums.values():
+            params += [param for param, *_ in several]
+            flags.append(_doubtful(several).any(1).to(device))
+        return params, torch.cat(flags) if flags else None
+
+
+def _doubtful(several: list[tuple[Any, Tensor, Tensor, Factors | None]]) -> Tensor:
+    """Which norms of several parameters are doubtful, all of one shape: ``(parameters, N)``."""
+    values, scale = (torch.stack([one[place] for one in several]) for place in (1, 2))  # type: ignore[misc]
+    doubtful = cancelled(values, scale) & (scale != 0)
+    factors = [one[3] for one in several if one[3] is not None]
+    if not factors:
+        return doubtful
+    left, right = torch.stack([one.left for one in factors]), torch.stack([one.right for one in factors])
+    least = [max(one.least[side] for one in factors) for side in (0, 1)]
+    # The norm of what such factors give is this at most. 0 is 0, and loses nothing.
+    lost = torch.where((left < least[0]) | (right < least[1]), left * right, 0.0).sum(2)
+    bound = math.sqrt(max(one.elements for one in factors)) / torch.finfo(values.dtype).eps
+    return doubtful | ~(bound * lost <= values.clamp(min=0).sqrt())
+
+
+_noted: Doubts | None = None
+
+
+def noted(device: torch.device) -> Doubts | None:
+    """Where norms on a device are to be noted; None if they are to be looked at as they come."""
+    return None if _noted is None or reads_are_free(device) else _noted
