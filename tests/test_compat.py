@@ -36,6 +36,7 @@ from opacus_fgc._compat import (
     checkpointing,
     compiler,
     distributed,
+    foreach,
     functorch,
     modules,
     opacus,
@@ -47,6 +48,15 @@ from opacus_fgc.distributed.topology import Layout
 ROOT = Path(opacus_fgc.__file__).parent
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 NESTED = {"a": (1, [2.5, None]), "b": torch.ones(2)}
+
+
+# foreach
+
+
+def test_foreach_div_() -> None:
+    tensors = [torch.full((2,), 6.0), torch.full((3, 1), 9.0)]
+    foreach.foreach_div_(tensors, 3)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[2.0], [3.0]]
 
 
 # pytree
