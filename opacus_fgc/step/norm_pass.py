@@ -23,7 +23,9 @@ from opacus_fgc.step.clipped_sum import ClippedSum
 from opacus_fgc.step.layer_norms import LayerNorms, pass_of
 from opacus_fgc.step.nonfinite import is_finite
 from opacus_fgc.step.phase import Phase
+from opacus_fgc.step.profile import UNWATCHED
 from opacus_fgc.step.record import Record, measure_again
+from opacus_fgc.step.small_gradients import SmallGradients
 from opacus_fgc.step.trained import TrainedParameters
 from opacus_fgc.step.uses import Step
 
@@ -160,14 +162,16 @@ class NormPass(LayerNorms):
         retain_graph: bool,
         looks_later: bool = False,
     ) -> None:
-        """A pass to the taps; where a look is a wait for the device, with ``looks_later`` what is doubtful is noted only."""
+        """A pass to the taps; with ``looks_later``, norms are complete only with `get_norm_sample`, or looked at after it."""
         record.loss_reduction, record.budget = "sum", KeepBudget(keep)
+        # All ranks of a group have to take the same passes.
+        looks_later = looks_later and not self.layout.forward_communicates
         if reads_are_free(loss_per_sample.device):
             record.looking = not is_finite([loss_per_sample])
         else:
             record.losses = loss_per_sample.detach()
-            # All ranks of a group have to take the same passes.
-            record.doubts = Doubts() if looks_later and not self.layout.forward_communicates else None
+            record.doubts = Doubts() if looks_later else None
+        record.small = SmallGradients() if looks_later and self._profile is UNWATCHED else None
         self._backward_to_taps(record.loss_scale * loss_per_sample.sum(), retain_graph or not keep.everything)
 
     def _norms_of(self, record: Record, loss_per_sample: Tensor) -> Tensor:
