@@ -106,10 +106,13 @@ class Doubts:
         while self._noted:
             several = self._noted.popitem()[1]
             values, scale = torch.stack([one.values for one in several]), torch.stack([one.scale for one in several])
-            doubtful = _doubtful(values, scale, [one.factors for one in several if one.factors is not None])
+            norms = upper_bounds(values, scale)
+            doubtful = cancelled(values, scale) & (scale != 0)
+            factors = [one.factors for one in several if one.factors is not None]
+            if factors:
+                doubtful |= ~(_lost(factors) <= torch.finfo(values.dtype).eps * norms)
             self._flags.append(([one.param for one in several], doubtful.any(1)))
-            norms = upper_bounds(values, scale).unbind() if any(one.later for one in several) else values
-            yield from ((one.param, norm) for one, norm in zip(several, norms, strict=True) if one.later)
+            yield from ((one.param, norm) for one, norm in zip(several, norms.unbind(), strict=True) if one.later)
 
     def flags(self, device: torch.device) -> tuple[list[Any], Tensor | None]:
         """The parameters of which something was noted, and for each whether one of its norms is doubtful; None for none."""
@@ -117,17 +120,13 @@ class Doubts:
         return params, torch.cat([flags.to(device) for _, flags in self._flags]) if params else None
 
 
-def _doubtful(values: Tensor, scale: Tensor, factors: list[Factors]) -> Tensor:
-    """Which norms of several parameters are doubtful, all of one shape: ``(parameters, N)``."""
-    doubtful = cancelled(values, scale) & (scale != 0)
-    if not factors:
-        return doubtful
+def _lost(factors: list[Factors]) -> Tensor:
+    """The norm that factors whose squares may vanish give at most, of several parameters: ``(parameters, N)``."""
     left, right = torch.stack([one.left for one in factors]), torch.stack([one.right for one in factors])
     least = [max(one.least[side] for one in factors) for side in (0, 1)]
-    # The norm of what such factors give is this at most. 0 is 0, and loses nothing.
-    lost = torch.where((left < least[0]) | (right < least[1]), left * right, 0.0).sum(2)
-    bound = math.sqrt(max(one.elements for one in factors)) / torch.finfo(values.dtype).eps
-    return doubtful | ~(bound * lost <= values.clamp(min=0).sqrt())
+    # Of 0 nothing is lost. (No inf is a part of this: what is small is multiplied with inf elsewhere, and gives NaN.)
+    lost = (left * right).mul_((left < least[0]) | (right < least[1])).sum(2)
+    return lost.mul_(math.sqrt(max(one.elements for one in factors)))
 
 
 _noted: Doubts | None = None

@@ -50,8 +50,12 @@ def _gram_inner(left: Tensor, right: Tensor) -> Squares:
 
     def add(factor: int, left_gram: Tensor, right_gram: Tensor) -> None:
         products = left_gram.mul_(right_gram).flatten(1)
-        sums = products.sum(1).real, (products.abs() if products.is_complex() else products.abs_()).sum(1)
-        for sum_, several in zip(sums, (totals, scales), strict=True):
+        total = products.sum(1).real
+        if asked:
+            scale = (products.abs() if products.is_complex() else products.abs_()).sum(1)
+        else:
+            scale = torch.linalg.vector_norm(products, 1, 1)  # one kernel, but slower on a CPU
+        for sum_, several in zip((total, scale), (totals, scales), strict=True):
             several.append(sum_ if factor == 1 else factor * sum_)
 
     for start in range(0, positions, step):

@@ -172,7 +172,9 @@ class NormPass(LayerNorms):
             record.losses = loss_per_sample.detach()
             record.doubts = Doubts() if looks_later else None
         record.small = SmallGradients() if looks_later and self._profile is UNWATCHED else None
-        self._backward_to_taps(record.loss_scale * loss_per_sample.sum(), retain_graph or not keep.everything)
+        loss = loss_per_sample.sum()
+        loss = loss if record.loss_scale == 1 else record.loss_scale * loss
+        self._backward_to_taps(loss, retain_graph or not keep.everything)
 
     def _norms_of(self, record: Record, loss_per_sample: Tensor) -> Tensor:
         norms = self.get_norm_sample()

@@ -30,7 +30,9 @@ class Together:
         self._sizes = [forms[param].shape.numel() for param in self._params]
         self._shapes = [forms[param].shape for param in self._params]
         rows = next(iter(forms.values())).batch_size
-        matrices = [forms[param].values.reshape(rows, size) for param, size in zip(self._params, self._sizes, strict=True)]
+        matrices = [
+            forms[param].values.reshape(rows, size) for param, size in zip(self._params, self._sizes, strict=True)
+        ]
         self.form = Dense(torch.cat(matrices, 1))
 
     def norms(self) -> Iterator[tuple[Any, Tensor]]:
