@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import opacus_fgc
 
@@ -82,12 +83,14 @@ class DeviceWork(TorchDispatchMode):
     Attributes:
         kernels: how often each operation ran that is no view, by its name and the line of the package that called it.
         reads: likewise those that a GPU would be waited for. All tensors count as its own.
+        elsewhere: likewise those that take or give something on the CPU, where the model lies elsewhere.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[tuple[str, str]] = Counter()
         self.reads: Counter[tuple[str, str]] = Counter()
+        self.elsewhere: Counter[tuple[str, str]] = Counter()
         self._copies = Copies(self.reads)
 
     def __enter__(self) -> DeviceWork:
@@ -105,4 +108,7 @@ class DeviceWork(TorchDispatchMode):
             self.reads[name, origin()] += 1
         if not is_view(func) and name not in FREE and not name.startswith("profiler::"):
             self.kernels[name, origin()] += 1
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if any(isinstance(one, Tensor) and one.device.type == "cpu" for one in tree_leaves((args, kwargs, result))):
+            self.elsewhere[name, origin()] += 1
+        return result

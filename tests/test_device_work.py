@@ -9,14 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import GradSampleModuleFastGradientClipping, PrivacyEngine, planner
+from opacus_fgc.clipping import note_finite
 from opacus_fgc.per_sample import Outer, PerSampleGradient, doubts
 from opacus_fgc.per_sample.doubts import Doubts
 from opacus_fgc.planner import NormMethod
 from opacus_fgc.privacy_engine import MODES
+from opacus_fgc.step import norm_pass
 from tests.case import Case
 from tests.device_work import DeviceWork
 from tests.operation_cases import CASES
@@ -95,6 +98,17 @@ def cnn() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, 8)
+        self.lstm = DPLSTM(8, 12, batch_first=True)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embedding(x))[0][:, -1])
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
 
@@ -106,21 +120,23 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tens
     "cnn": (cnn, lambda: (torch.randn(N, 3, 16, 16), torch.randint(10, (N,)))),
     "vit": (ViT, lambda: (torch.randn(N, 3, 16, 16), torch.randint(10, (N,)))),
 }
+RECURRENT = {"dplstm": (Recurrent, lambda: (torch.randint(50, (N, 6)), torch.randint(10, (N,))))}
 every_model = pytest.mark.parametrize("name", MODELS)
 
 # The steps of which certificates are a part are the first ones, and others after four times as many; see `Schedule`.
 STEPS = 6
 
 
-def steady_step(name: str, mode: str | None) -> DeviceWork:
+def steady_step(name: str, mode: str | None, device: str = "cpu", **options: Any) -> DeviceWork:
     """What a step does on which no certificate is due: forward, backward, clip, noise, step."""
     torch.manual_seed(0)
-    make, batch = MODELS[name]
-    model, (x, y) = make().float(), batch()
+    make, batch = (MODELS | RECURRENT)[name]
+    with torch.device(device):
+        model, (x, y) = make().float(), batch()
     x = x.float() if x.is_floating_point() else x
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.01)
     criterion: Any = nn.CrossEntropyLoss()
-    loader = DataLoader(TensorDataset(x, y), batch_size=N)
+    loader = DataLoader(TensorDataset(torch.zeros(N, 1)), batch_size=N)
     if mode is not None:
         model, optimizer, criterion, loader = PrivacyEngine().make_private(
             module=model,
@@ -131,6 +147,7 @@ def steady_step(name: str, mode: str | None) -> DeviceWork:
             max_grad_norm=1.0,
             poisson_sampling=False,
             grad_sample_mode=mode,
+            **options,
         )
     for _ in range(STEPS):
         for _batch in loader:
@@ -157,6 +174,25 @@ def test_kernels_of_a_step(name: str, as_on_a_gpu: None) -> None:
     counts = [sum(steady_step(name, mode).kernels.values()) for mode in (None, "ghost_bk", "ghost")]
     print(f"\n{name}: {counts}, ratios {', '.join(f'{count / counts[0]:.2f}' for count in counts[1:])}")
     assert all(count <= most for count, most in zip(counts, KERNELS[name], strict=True))
+
+
+@both_modes
+@pytest.mark.parametrize("name", [*MODELS, *RECURRENT])
+def test_a_step_on_another_device(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On "meta", which has shapes and no values: all that looks at values raises, and nothing is on the CPU but what looks."""
+    looks = []
+
+    def look_at(norms: Tensor, noted: Doubts | None) -> list[Any]:
+        assert noted is not None and norms.device.type == "meta"
+        looks.append(noted.flags(norms.device))
+        note_finite(norms)
+        return []
+
+    monkeypatch.setattr(norm_pass, "_look_at", look_at)
+    with pytest.warns(UserWarning, match="certify='never'"):
+        work = steady_step(name, mode, "meta", certify="never")
+    assert len(looks) == STEPS
+    assert not work.elsewhere and not work.reads
 
 
 # What is doubtful

@@ -82,7 +82,7 @@ class SampleLosses:
         """
         self._owed |= due
         if self._of_torch is not None:
-            losses, counts, within = self._of_torch(args, kwargs, reduction)
+            losses, counts, within = self._of_torch(args, kwargs, reduction, shape is not None)
             return _by_sample(losses, counts, within, shape)
 
         def run(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -172,10 +172,8 @@ def _by_sample(losses: Tensor, counts: Tensor | None, within: str, shape: Sequen
     sums = losses if losses.dim() == 1 else losses.flatten(1).sum(1)
     if within == "sum":
         return sums
-    if losses.dim() == 1 and (counts is None or counts.dtype is torch.bool):
-        return sums  # the only loss of a sample is 0 if it does not count
     if counts is None:
-        return sums / max(1, losses.shape[1:].numel())
+        return sums if losses.dim() == 1 else sums / max(1, losses.shape[1:].numel())
     counted = counts if counts.dim() == 1 else counts.flatten(1).sum(1)
     if not counted.is_floating_point():
         return sums / counted.clamp(min=1)

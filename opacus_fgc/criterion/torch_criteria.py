@@ -85,7 +85,7 @@ class TorchCriterion:
         return own and getattr(function, "__module__", None) == F.__name__ and takes_reduction(function)
 
     def __call__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], reduction: str
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reduction: str, joined: bool = False
     ) -> tuple[Tensor, Tensor | None, str]:
         """Evaluates it without reduction.
 
@@ -93,6 +93,7 @@ class TorchCriterion:
             args: its positional arguments.
             kwargs: its keyword arguments.
             reduction: "mean" or "sum".
+            joined: whether a sample may have several losses along the first axis.
 
         Returns:
             The losses; what each counts in a mean, of the same shape, None for 1; and how those of a sample are reduced.
@@ -110,7 +111,7 @@ class TorchCriterion:
         if self._is_ctc:
             lengths = torch.as_tensor(given["target_lengths"], device=losses.device)
             return losses, lengths.to(losses.dtype).clamp(min=1), reduction
-        counts = self._counts(losses, given) if self._kind.ignoring and stated != "none" else None
+        counts = self._counts(losses, given, joined) if self._kind.ignoring and stated != "none" else None
         return losses, counts, "sum" if stated == "batchmean" else reduction
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +131,12 @@ class TorchCriterion:
                 "or target.expand_as(output) for a target that the samples share"
             )
 
-    def _counts(self, losses: Tensor, given: dict[str, Any]) -> Tensor | None:
+    def _counts(self, losses: Tensor, given: dict[str, Any], joined: bool) -> Tensor | None:
         option = (lambda name: getattr(self._module, name)) if self._module is not None else given.__getitem__
         target = given["target"]
         weight = option("weight")
-        if target.shape != losses.shape:
+        # The only loss of a sample is 0 if it does not count, and need not be divided.
+        if target.shape != losses.shape or (weight is None and losses.dim() == 1 and not joined):
             return None
         counted = target != option("ignore_index")
         if weight is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,15 @@ def is_half(tensor: Tensor) -> bool:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, or what takes the place of half precision."""
     return _WIDENED.get(dtype, dtype)
+
+
+_has_autocast = cache(torch.amp.is_autocast_available)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast is on with, for a type of device; None if it is off, or not there (on "meta")."""
+    enabled = _has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -123,7 +132,7 @@ def product(left: Tensor, right: Tensor, terms: int) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast, also in a backward that is called under it."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device.type) is not None:
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
