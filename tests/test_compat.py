@@ -871,7 +871,7 @@ def private_names_of_torch() -> set[str]:
 
 def own_names(sources: list[str]) -> set[str]:
     """The private names that the package gives itself: functions, classes, attributes, and what it writes on tensors."""
-    names = {"_shared_version", "_copied_version"}
+    names = {"_shared_version", "_copied_version", "_finite_version"}
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
