@@ -31,10 +31,12 @@ class Room:
     Attributes:
         elements: it may keep what is not larger than this, and whatever saves time most.
         everything: it has to keep what the clipped sum can be made of, whatever the size.
+        later: it may leave its norms to the end of the pass, when those of all parameters are finished together.
     """
 
     elements: float = 0.0
     everything: bool = False
+    later: bool = False
 
 
 NO_ROOM = Room()

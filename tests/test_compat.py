@@ -37,6 +37,7 @@ from opacus_fgc._compat import (
     checkpointing,
     compiler,
     distributed,
+    foreach,
     functorch,
     modules,
     opacus,
@@ -49,6 +50,15 @@ from tests.distributed_cases import needs_fsdp
 ROOT = Path(opacus_fgc.__file__).parent
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 NESTED = {"a": (1, [2.5, None]), "b": torch.ones(2)}
+
+
+# foreach
+
+
+def test_foreach_div_() -> None:
+    tensors = [torch.full((2,), 6.0), torch.full((3, 1), 9.0)]
+    foreach.foreach_div_(tensors, 3)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[2.0], [3.0]]
 
 
 # pytree
@@ -877,7 +887,7 @@ def private_names_of_torch() -> set[str]:
 
 def own_names(sources: list[str]) -> set[str]:
     """The private names that the package gives itself: functions, classes, attributes, and what it writes on tensors."""
-    names = {"_shared_version", "_copied_version"}
+    names = {"_shared_version", "_copied_version", "_finite_version"}
     for node in (node for source in sources for node in ast.walk(ast.parse(source))):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from opacus_fgc.certificates.model_state import ModelState
 from opacus_fgc.certificates.samples import Replacement
 from opacus_fgc.certificates.sketch import sketch
+from opacus_fgc.per_sample.precision import autocast_dtype
 
 # Forward
 
@@ -97,8 +98,7 @@ class Observations:
             return
         self._last = weakref.ref(value)
         axes = [axis for axis in axes if axis < value.dim()]
-        device = value.device.type
-        dtypes = [value.dtype, *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else [])]
+        dtypes = [value.dtype, autocast_dtype(value.device.type) or value.dtype]
         eps = max(torch.finfo(dtype).eps if dtype.is_floating_point else 0.0 for dtype in dtypes)
         self.seen.append(
             Seen(key, name, value.shape, [sketch(value, axis) for axis in axes], samples, eps, call, place)

@@ -85,7 +85,7 @@ class SampleLosses:
         """
         self._owed |= due
         if self._of_torch is not None:
-            losses, counts, within = self._of_torch(args, kwargs, reduction)
+            losses, counts, within = self._of_torch(args, kwargs, reduction, shape is not None)
             return _by_sample(losses, counts, within, shape)
 
         def run(criterion: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -117,7 +117,7 @@ class SampleLosses:
         def evaluated(criterion: Any, arguments: Arguments) -> Tensor:
             if returns_losses or run is unreduced:
                 losses = run(criterion, *arguments.whole())
-                return _by_sample(losses, torch.ones_like(losses), reduction, shape)
+                return _by_sample(losses, None, reduction, shape)
             return _one_at_a_time(criterion, arguments)
 
         if returns_losses or run is unreduced:
@@ -126,7 +126,7 @@ class SampleLosses:
                     "the criterion returned one value for all, from which no sample's loss follows; have it return its losses "
                     "without reduction"
                 )
-            losses = _by_sample(result, torch.ones_like(result), reduction, shape)
+            losses = _by_sample(result, None, reduction, shape)
         else:
             losses = evaluated(self.criterion, arguments)
         if copies is not None and size > 1 and torch.is_grad_enabled():
@@ -170,14 +170,19 @@ class SampleLosses:
         return lambda: copy.deepcopy(now, dict(memo))
 
 
-def _by_sample(losses: Tensor, counts: Tensor, within: str, shape: Sequence[int] | None) -> Tensor:
-    """Reduces what there is of each sample, by "mean" or "sum"; ``counts`` is what each loss counts in a mean."""
+def _by_sample(losses: Tensor, counts: Tensor | None, within: str, shape: Sequence[int] | None) -> Tensor:
+    """Reduces what there is of each sample, by "mean" or "sum"; ``counts`` is what each loss counts in a mean, 1 if None."""
     if shape is not None:
-        losses, counts = (value.reshape(shape[0], shape[1]) for value in (losses, counts))
+        losses = losses.reshape(shape[0], shape[1])
+        counts = None if counts is None else counts.reshape(shape[0], shape[1])
     sums = losses if losses.dim() == 1 else losses.flatten(1).sum(1)
     if within == "sum":
         return sums
+    if counts is None:
+        return sums if losses.dim() == 1 else sums / max(1, losses.shape[1:].numel())
     counted = counts if counts.dim() == 1 else counts.flatten(1).sum(1)
+    if not counted.is_floating_point():
+        return sums / counted.clamp(min=1)
     return sums / torch.where(counted == 0, torch.ones_like(counted), counted)
 
 

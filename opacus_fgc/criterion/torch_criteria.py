@@ -84,16 +84,19 @@ class TorchCriterion:
         own = function is not F.triplet_margin_with_distance_loss
         return own and getattr(function, "__module__", None) == F.__name__ and takes_reduction(function)
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], reduction: str) -> tuple[Tensor, Tensor, str]:
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], reduction: str, joined: bool = False
+    ) -> tuple[Tensor, Tensor | None, str]:
         """Evaluates it without reduction.
 
         Args:
             args: its positional arguments.
             kwargs: its keyword arguments.
             reduction: "mean" or "sum".
+            joined: whether a sample may have several losses along the first axis.
 
         Returns:
-            The losses; what each counts in a mean, of the same shape; and how those of a sample are reduced.
+            The losses; what each counts in a mean, of the same shape, None for 1; and how those of a sample are reduced.
 
         Raises:
             ValueError: if arguments that are combined element by element are not of the same samples.
@@ -108,10 +111,8 @@ class TorchCriterion:
         if self._is_ctc:
             lengths = torch.as_tensor(given["target_lengths"], device=losses.device)
             return losses, lengths.to(losses.dtype).clamp(min=1), reduction
-        ones = torch.ones_like(losses)
-        if self._kind.ignoring and stated != "none":
-            ones = self._counts(ones, given)
-        return losses, ones, "sum" if stated == "batchmean" else reduction
+        counts = self._counts(losses, given, joined) if self._kind.ignoring and stated != "none" else None
+        return losses, counts, "sum" if stated == "batchmean" else reduction
 
     def _arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if self._module is not None:
@@ -130,12 +131,14 @@ class TorchCriterion:
                 "or target.expand_as(output) for a target that the samples share"
             )
 
-    def _counts(self, ones: Tensor, given: dict[str, Any]) -> Tensor:
+    def _counts(self, losses: Tensor, given: dict[str, Any], joined: bool) -> Tensor | None:
         option = (lambda name: getattr(self._module, name)) if self._module is not None else given.__getitem__
         target = given["target"]
-        if target.shape != ones.shape:
-            return ones
+        weight = option("weight")
+        # The only loss of a sample is 0 if it does not count, and need not be divided.
+        if target.shape != losses.shape or (weight is None and losses.dim() == 1 and not joined):
+            return None
         counted = target != option("ignore_index")
-        if option("weight") is not None:
-            ones = option("weight").to(ones)[target.where(counted, torch.zeros_like(target))]
-        return ones * counted
+        if weight is None:
+            return counted
+        return weight.to(losses)[target.where(counted, torch.zeros_like(target))] * counted

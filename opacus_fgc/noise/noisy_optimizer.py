@@ -8,10 +8,12 @@ import torch
 from opacus.optimizers import DPOptimizerFastGradientClipping as OpacusOptimizer
 from torch import Tensor
 
+from opacus_fgc._compat.foreach import foreach_div_
 from opacus_fgc._compat.opacus import generate_noise, mark_as_processed
 from opacus_fgc.clipping import FlatClipping
 from opacus_fgc.distributed.agreement import check_agreement
 from opacus_fgc.distributed.clipped_sums import noisy_total, privatized_gradients
+from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.grad_sample_module import GradSampleHooksFastGradientClipping
 from opacus_fgc.noise.secure import SecureGenerator
@@ -94,12 +96,14 @@ class NoisyOptimizer(OpacusOptimizer):
 
     def scale_grad(self) -> None:
         """Divides the noisy sum by the number of samples that is expected on all ranks, with ``loss_reduction="mean"``."""
-        super().scale_grad()
+        if self.loss_reduction != "mean":
+            return
+        gradients = [local(param.grad) for param in self.params]
+        foreach_div_(gradients, self.expected_batch_size * self.accumulated_iterations)
         shares = self.attached.layout.data_ranks
-        if self.loss_reduction == "mean" and shares > 1:
+        if shares > 1:
             # `expected_batch_size` is that of one rank.
-            for param in self.params:
-                param.grad /= shares
+            foreach_div_(gradients, shares)
 
     def noisy_mean(self, total: Tensor, std: float) -> Tensor:
         """The mean of something over the samples of this step, as it may be released.

@@ -20,6 +20,10 @@ from opacus_fgc.planner import NO_ROOM, NormMethod, Room
 _FEW_ELEMENTS, _MANY_ELEMENTS = 2**6, 2**14
 
 
+LATER = torch.empty(0, device="cpu")
+"""In the place of norms that are left to the end of a pass; see `planner.Room`."""
+
+
 class Measured(NamedTuple):
     """What came of measuring a form.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from opacus_fgc import planner
 from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
+from opacus_fgc.per_sample.doubts import Factors, noted
 from opacus_fgc.per_sample.precision import (
     GRAM_TERMS,
     at_least_float32,
@@ -42,26 +43,35 @@ def _gram_inner(left: Tensor, right: Tensor) -> Squares:
     step = -(-positions // blocks)
     totals: list[Tensor] = []
     scales: list[Tensor] = []
-    shortest: list[list[Tensor]] = []  # squared, of left and right
+    bounds = [least_norm(side.shape[3], left.dtype) for side in (left, right)]
+    # On the diagonals are squared norms. Whether one that vanished matters is asked only if there is one; else see `doubts`.
+    asked = noted(left.device) is None
+    shortest: list[list[Tensor]] = []  # of left and right
 
     def add(factor: int, left_gram: Tensor, right_gram: Tensor) -> None:
         products = left_gram.mul_(right_gram).flatten(1)
-        sums = products.sum(1).real, (products.abs() if products.is_complex() else products.abs_()).sum(1)
-        for sum_, several in zip(sums, (totals, scales), strict=True):
+        total = products.sum(1).real
+        if asked:
+            scale = (products.abs() if products.is_complex() else products.abs_()).sum(1)
+        else:
+            scale = torch.linalg.vector_norm(products, 1, 1)  # one kernel, but slower on a CPU
+        for sum_, several in zip((total, scale), (totals, scales), strict=True):
             several.append(sum_ if factor == 1 else factor * sum_)
 
     for start in range(0, positions, step):
         rows, others = slice(start, start + step), slice(start + step, None)
         left_rows, right_rows = left[:, :, rows], right[:, :, rows]
         grams = [product(side, side.mH, GRAM_TERMS) for side in (left_rows, right_rows)]
-        shortest.append([gram.diagonal(dim1=2, dim2=3).real.amin((1, 2)) for gram in grams])
+        if asked:
+            shortest.append([gram.diagonal(dim1=2, dim2=3).real.amin((1, 2)) for gram in grams])
         add(1, *grams)
         if start + step < positions:
             sides = (left_rows, left[:, :, others]), (right_rows, right[:, :, others])
             add(2, *(product(of_rows, of_others.mH, GRAM_TERMS) for of_rows, of_others in sides))
 
     total, scale = (several[0] if len(several) == 1 else torch.stack(several).sum(0) for several in (totals, scales))
-    bounds = [least_norm(side.shape[3], total.dtype) for side in (left, right)]
+    if not asked:
+        return Squares(total, scale, factors=Factors.of(left, right, (bounds[0], bounds[1])))
     short = [(of_left < bounds[0] ** 2) | (of_right < bounds[1] ** 2) for of_left, of_right in shortest]
     small = short[0] if len(short) == 1 else torch.stack(short).any(0)
 

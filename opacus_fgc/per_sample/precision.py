@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from opacus_fgc._compat.backends import fp32_precision_getter
+from opacus_fgc.per_sample.doubts import reads_are_free
 
 # The dtypes whose rounding is not small against a privacy guarantee, and what takes their place.
 _WIDENED = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -39,6 +40,15 @@ def is_half(tensor: Tensor) -> bool:
 def widened(dtype: torch.dtype) -> torch.dtype:
     """The dtype itself, or what takes the place of half precision."""
     return _WIDENED.get(dtype, dtype)
+
+
+_has_autocast = cache(torch.amp.is_autocast_available)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast is on with, for a type of device; None if it is off, or not there (on "meta")."""
+    enabled = _has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -96,7 +106,7 @@ def row_norms(rows: Tensor) -> Tensor:
 def factor_norms(rows: Tensor) -> Tensor:
     """As `row_norms`, of what is multiplied: small norms are right, too, and no square overflows. Of any float dtype."""
     # To ask takes longer than wide norms of few elements, and of those on another device.
-    if rows.numel() > _FEW and rows.device.type == "cpu":
+    if rows.numel() > _FEW and reads_are_free(rows.device):
         norms = row_norms(rows)
         smallest, largest = torch.stack(norms.aminmax()).tolist()
         if smallest >= least_norm(rows.shape[-1], norms.dtype) and largest < math.inf:
@@ -126,7 +136,7 @@ def product(left: Tensor, right: Tensor, terms: int) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context without autocast, also in a backward that is called under it."""
-    if torch.is_autocast_enabled(device.type):
+    if autocast_dtype(device.type) is not None:
         return torch.autocast(device.type, enabled=False)
     return _AS_IT_IS
 

@@ -45,18 +45,23 @@ class Rows(PerSampleGradient):
         if self.rounds:
             return None
         counts = counts.to(self.index.device)
-        return self._norms(torch.arange(len(counts), device=counts.device).repeat_interleave(counts), len(counts))
+        samples = torch.arange(len(counts), device=counts.device)
+        return self._norms(samples.repeat_interleave(counts, output_size=self.batch_size), len(counts))
 
     def _norms(self, samples: Tensor, size: int) -> Tensor:
-        # Row r of sample n becomes row n * rows + r of one table, of which only the rows in use are kept.
-        offsets = samples.unsqueeze(1) * self.shape[0]
-        keys, position = torch.unique(self.index + offsets, return_inverse=True)
-        values = at_least_float32(self.values)
-        table = values.new_zeros(len(keys), values.shape[2])
-        table.index_add_(0, position.flatten(), values.flatten(0, 1))
+        # Row r of sample n is row n * rows + r of one table, of which only the rows in use are kept: the first some of these, in
+        # their order. How many they are is not asked, since a GPU would have to be waited for.
+        keys = (self.index + samples.unsqueeze(1) * self.shape[0]).flatten()
+        ordered, order = keys.sort(stable=True)
+        starts = torch.cat([ordered[:1] * 0, (ordered[1:] != ordered[:-1]).long()])
+        of_ordered = starts.cumsum(0)
+        values = at_least_float32(self.values).flatten(0, 1)
+        table = torch.zeros_like(values)
+        table.index_add_(0, torch.empty_like(order).scatter_(0, order, of_ordered), values)
         norms = row_norms(table)
+        owners = torch.zeros_like(order).scatter_(0, of_ordered, ordered // self.shape[0])
         squares = widest(norms).square()
-        squares = squares.new_zeros(size).index_add_(0, keys // self.shape[0], squares)
+        squares = squares.new_zeros(size).index_add_(0, owners, squares)
         return squares.sqrt().to(norms.dtype)
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc import planner
-from opacus_fgc.per_sample.base import Dense, Measured, PerSampleGradient
+from opacus_fgc.per_sample.base import LATER, Dense, Measured, PerSampleGradient
 from opacus_fgc.per_sample.squares import Squares
 from opacus_fgc.planner import NO_ROOM, Kernels, NormMethod, Room
 
@@ -63,9 +63,15 @@ class SumOverPositions(PerSampleGradient):
             return Measured(gradients.norm(), gradients, method)
         temporary = self.temporary(method)
         parts = [self.select(samples) for samples in planner.slices(self.batch_size, temporary)]
-        if method is NormMethod.GRAM:
+        kept = self if self.fits(room) else None
+        if method is NormMethod.GRAM and room.later and len(parts) == 1:
+            squares = self.gram()
+            if squares.left_for_later():
+                return Measured(LATER, kept, method, self.batch_size * temporary)
+            norms = [squares.norm(self.norm_one_by_one)]
+        elif method is NormMethod.GRAM:
             norms = [part.gram().norm(part.norm_one_by_one) for part in parts]
         else:
             norms = [part.above_rounding(part.formed().norm()) for part in parts]
         norm = norms[0] if len(norms) == 1 else torch.cat(norms)
-        return Measured(norm, self if self.fits(room) else None, method, parts[0].batch_size * temporary)
+        return Measured(norm, kept, method, parts[0].batch_size * temporary)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opacus_fgc.argument_checks import check_nonfinite
-from opacus_fgc.clipping import FlatClipping
+from opacus_fgc.clipping import FlatClipping, count_not_finite
 from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyValueError
 from opacus_fgc.step.record import Record
@@ -41,8 +41,7 @@ class NonFinitePolicy:
         Raises:
             ValueError: if a norm is inf or NaN, unless such samples are to be dropped.
         """
-        finite = torch.isfinite(norms)
-        bad = int((~finite).sum())
+        bad = count_not_finite(norms)
         if not bad:
             return clipping.coefficients(norms)
         if self.how == "error":
@@ -52,6 +51,7 @@ class NonFinitePolicy:
                 "weights have diverged, or pass nonfinite='drop', with which such samples contribute nothing"
             )
         self.dropped += bad
+        finite = torch.isfinite(norms)
         record.sums.samples = finite
         coef = torch.zeros_like(norms)
         coef[finite] = clipping.coefficients(norms[finite])
@@ -63,6 +63,8 @@ def _where(record: Record, names: Mapping[Any, str]) -> str:
         return f"forward, in the input of {record.first_not_finite}"
     if record.looking:
         return "the loss, while the inputs of all trainable layers are finite"
+    if record.losses is not None and not is_finite([record.losses]):
+        return "the loss, or in forward; a step on a CPU tells in which layer"
     first = next(param for param, norm in record.measured() if not is_finite([norm]))
     return f"backward, in the gradient of {names[first]}"
 

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opacus_fgc._compat.opacus import norm_sample, set_norm_sample
 from opacus_fgc.certificates.batch import Batch
+from opacus_fgc.clipping import note_finite
 from opacus_fgc.distributed.agreement import check_samples
 from opacus_fgc.distributed.norms import reduce_norms
 from opacus_fgc.errors import PrivacyNotImplementedError, PrivacyValueError
+from opacus_fgc.per_sample.doubts import Doubts, reads_are_free
 from opacus_fgc.per_sample.precision import row_norms
 from opacus_fgc.planner import NOTHING, KeepBudget, KeepPolicy
 from opacus_fgc.step.clipped_sum import ClippedSum
 from opacus_fgc.step.layer_norms import LayerNorms, pass_of
 from opacus_fgc.step.nonfinite import is_finite
 from opacus_fgc.step.phase import Phase
-from opacus_fgc.step.record import Record
+from opacus_fgc.step.profile import UNWATCHED
+from opacus_fgc.step.record import Record, measure_again
+from opacus_fgc.step.small_gradients import SmallGradients
 from opacus_fgc.step.trained import TrainedParameters
 from opacus_fgc.step.uses import Step
 
@@ -127,21 +133,25 @@ class NormPass(LayerNorms):
                 record.owned = expected
             record.step, record.loss_scale = Step(retain_graph), loss_scale
             if due is None:
-                self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
+                self._pass_to_taps(record, loss_per_sample, keep, retain_graph, looks_later=True)
             else:
                 with self._witnessed() as backprops:
-                    self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
+                    self._pass_to_taps(record, loss_per_sample, keep, retain_graph, looks_later=True)
                 owned = self.certify(due, loss_per_sample, reached, loss_scale, backprops)
                 if not self.layout.on_all_ranks(owned.keys() == record.owned.keys()):
                     # Norms were taken as if rows were in another order.
                     self.record = record = record.again()
                     record.owned = owned
+                    self._pass_to_taps(record, loss_per_sample, keep, retain_graph, looks_later=True)
+            norms = self._norms_of(record, loss_per_sample)
+            doubtful = _look_at(norms, record.doubts)
+            if doubtful:
+                if keep.everything:
+                    measure_again(record, doubtful)
+                else:
+                    self.record = record = record.again()
                     self._pass_to_taps(record, loss_per_sample, keep, retain_graph)
-            norms = self.get_norm_sample()
-            if record.owned and len(norms) == len(loss_per_sample):
-                # Rows of several samples whose losses are inf or NaN are taken to be one's.
-                lost = ~loss_per_sample.detach().isfinite().to(norms.device)
-                norms = self.per_sample_gradient_norms = norms.masked_fill(lost, torch.nan)
+                norms = self._norms_of(record, loss_per_sample)
         if norms.shape != loss_per_sample.shape:
             raise ValueError(
                 f"the loss has shape {tuple(loss_per_sample.shape)}, one value for each of {len(loss_per_sample)} samples, but "
@@ -155,10 +165,35 @@ class NormPass(LayerNorms):
         with pass_of(self):
             torch.autograd.grad(loss, self._facts.anchor, retain_graph=retain_graph, allow_unused=True)
 
-    def _pass_to_taps(self, record: Record, loss_per_sample: Tensor, keep: KeepPolicy, retain_graph: bool) -> None:
+    def _pass_to_taps(
+        self,
+        record: Record,
+        loss_per_sample: Tensor,
+        keep: KeepPolicy,
+        retain_graph: bool,
+        looks_later: bool = False,
+    ) -> None:
+        """A pass to the taps; with ``looks_later``, norms are complete only with `get_norm_sample`, or looked at after it."""
         record.loss_reduction, record.budget = "sum", KeepBudget(keep)
-        record.looking = not is_finite([loss_per_sample])
-        self._backward_to_taps(record.loss_scale * loss_per_sample.sum(), retain_graph or not keep.everything)
+        # All ranks of a group have to take the same passes.
+        looks_later = looks_later and not self.layout.forward_communicates
+        if reads_are_free(loss_per_sample.device):
+            record.looking = not is_finite([loss_per_sample])
+        else:
+            record.losses = loss_per_sample.detach()
+            record.doubts = Doubts() if looks_later else None
+        record.small = SmallGradients() if looks_later and self._profile is UNWATCHED else None
+        loss = loss_per_sample.sum()
+        loss = loss if record.loss_scale == 1 else record.loss_scale * loss
+        self._backward_to_taps(loss, retain_graph or not keep.everything)
+
+    def _norms_of(self, record: Record, loss_per_sample: Tensor) -> Tensor:
+        norms = self.get_norm_sample()
+        if record.owned and len(norms) == len(loss_per_sample):
+            # Rows of several samples whose losses are inf or NaN are taken to be one's.
+            lost = ~loss_per_sample.detach().isfinite().to(norms.device)
+            norms = self.per_sample_gradient_norms = norms.masked_fill(lost, torch.nan)
+        return norms
 
     @contextmanager
     def _nothing_left_of_errors(self) -> Iterator[None]:
@@ -168,3 +203,16 @@ class NormPass(LayerNorms):
             # Half a pass is of no use to any other, and holds activations.
             self._give_up_record()
             raise
+
+
+def _look_at(norms: Tensor, doubts: Doubts | None) -> list[Any]:
+    """Looks at a device, once in a step: notes whether norms are finite, and gives the parameters whose norms are doubtful."""
+    if not len(norms):
+        return []
+    # NaN is the largest of all.
+    largest = norms.amax().unsqueeze(0)
+    params, flags = ([], None) if doubts is None else doubts.flags(norms.device)
+    worst, *doubtful = (largest if flags is None else torch.cat([largest, flags.to(norms.dtype)])).tolist()
+    if worst < math.inf:
+        note_finite(norms)
+    return [param for param, flag in zip(params, doubtful, strict=True) if flag]

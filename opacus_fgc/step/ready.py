@@ -38,7 +38,7 @@ def check_ready(module: GradSampleHooksFastGradientClipping, params: Sequence[An
         )
     for param in params:
         check_processed_flag(param.summed_grad)
-    plain = [names[param] for param, found in zip(params, _not_zero(params), strict=True) if found]
+    plain = [names[param] for param in _with_gradient(params)]
     if plain:
         raise PrivacyValueError(
             f"not clipped is the gradient in p.grad of {', '.join(plain[:5])}{' and others' if len(plain) > 5 else ''}: "
@@ -50,11 +50,15 @@ def check_ready(module: GradSampleHooksFastGradientClipping, params: Sequence[An
         )
 
 
-def _not_zero(params: Iterable[Any]) -> list[bool]:
-    """For each parameter whether it has a gradient that is not zero."""
-    flags = [torch.tensor(False, device="cpu") if param.grad is None else _any(local(param.grad)) for param in params]
-    device = next((flag.device for flag in flags if flag.device.type != "cpu"), torch.device("cpu"))
-    return torch.stack([flag.to(device) for flag in flags]).tolist()
+def _with_gradient(params: Iterable[Any]) -> list[Any]:
+    """The parameters that have a gradient that is not zero."""
+    present = [param for param in params if param.grad is not None]
+    if not present:
+        return []
+    # Looked at once, since a GPU has to be waited for.
+    flags = [_any(local(param.grad)) for param in present]
+    found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return [param for param, flag in zip(present, found, strict=True) if flag]
 
 
 def _any(gradient: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from opacus_fgc.certificates.ownership_errors import PADDING, TOKENS
 from opacus_fgc.distributed.mesh import local
 from opacus_fgc.errors import PrivacyRuntimeError, PrivacyValueError
 from opacus_fgc.per_sample import Measured, PerSampleGradient, add
+from opacus_fgc.per_sample.base import LATER
+from opacus_fgc.per_sample.doubts import Doubts
 from opacus_fgc.per_sample.precision import full_precision, is_half, widened
 from opacus_fgc.planner import KeepBudget, Room
 from opacus_fgc.step.held import Held
 from opacus_fgc.step.phase import Phase
+from opacus_fgc.step.small_gradients import SmallGradients
 from opacus_fgc.step.sums import WeightedSums
 from opacus_fgc.step.uses import Step, Uses
 from opacus_fgc.taps.tap import Interleave, Use
@@ -56,6 +60,9 @@ class Record:
         recomputed: whether gradients came of steps that a sampler computed again in less than float64, so that they are not
             those of autograd to a few roundings.
         looking: whether activations are searched for inf and NaN.
+        losses: those of the samples, if it was not looked at whether they are finite.
+        doubts: where it is noted what makes norms doubtful, if they are looked at after the pass only.
+        small: the small ones, which are measured together after the pass.
         first_not_finite: the first layer, in the order of forward, in whose activations there was one.
     """
 
@@ -82,6 +89,9 @@ class Record:
         self.in_half = False
         self.recomputed = False
         self.looking = False
+        self.losses: Tensor | None = None
+        self.doubts: Doubts | None = None
+        self.small: SmallGradients | None = None
         self.first_not_finite = ""
         self.uses = Uses()
         self.held = Held()
@@ -207,10 +217,9 @@ class Record:
             param, forms = self._forms.popitem()
             with full_precision(param.device):
                 self._measure(param, add(forms), Room(everything=self.budget.keep.everything))
+        self._norms.update(_left_for_later(self))
         missing = [param for param in params if param not in self._norms]
-        for param in missing:
-            dtype = widened(param.dtype).to_real()
-            self._norms[param] = torch.zeros(self.batch_size, dtype=dtype, device=param.device)
+        self._norms.update((param, _zero_norms(self.batch_size, param)) for param in missing)
         self.unused.update(missing)
         return self._norms
 
@@ -220,15 +229,14 @@ class Record:
 
     def _measure(self, param: Any, form: PerSampleGradient, room: Room) -> Measured | None:
         if self.phase is Phase.WEIGHTED_PASS:
-            if param in self._summed and self._coef is None:
-                self.sums.keep(param, form)
-            elif param in self._summed and self._coef is not None:
+            if param in self._summed:
                 self.sums.add_up(param, form, self._coef, self.loss_scale)
             return None
-        measured = form.measured(room)
-        factor = (len(measured.norm) if self.loss_reduction == "mean" else 1) / self.loss_scale
-        if factor != 1:
-            measured = measured._replace(norm=measured.norm * factor)
+        if self.small is not None and self.small.takes(form, room):
+            self._norms[param] = self.small.add(param, form)
+            self.budget.spend(0 if room.everything else form.elements)
+            return None
+        measured = _measured(self, param, form, room)
         self._norms[param] = measured.norm
         if measured.kept is None:
             self.unkept.append(param)
@@ -236,7 +244,42 @@ class Record:
             self.sums.keep(param, measured.kept)
             if not room.everything:
                 self.budget.spend(measured.kept.elements)
-        return measured
+        return None if measured.norm is LATER else measured
+
+
+def _measured(record: Record, param: Any, form: PerSampleGradient, room: Room) -> Measured:
+    if record.doubts is None:
+        measured = form.measured(room)
+    else:
+        with record.doubts.noting(param):
+            measured = form.measured(replace(room, later=record.small is not None))
+    return measured if measured.norm is LATER else measured._replace(norm=_unscaled(measured.norm, record))
+
+
+def _left_for_later(record: Record) -> Iterator[tuple[Any, Tensor]]:
+    """The parameters whose norms were left to the end of the pass, and these."""
+    for together in () if record.small is None else record.small.together():
+        norms = dict(together.norms())
+        record.sums.keep_together(norms, together)
+        yield from ((param, _unscaled(norm, record)) for param, norm in norms.items())
+    for param, norm in () if record.doubts is None else record.doubts.finish():
+        yield param, _unscaled(norm, record)
+
+
+def _zero_norms(size: int, param: Any) -> Tensor:
+    return torch.zeros(size, dtype=widened(param.dtype).to_real(), device=param.device)
+
+
+def measure_again(record: Record, params: Iterable[Any]) -> None:
+    """Computes norms of parameters, of which a record kept all, once more, and looks at them as they come."""
+    for param in params:
+        with full_precision(param.device):
+            record._norms[param] = _unscaled(record.sums.kept(param).norm(), record)
+
+
+def _unscaled(norms: Tensor, record: Record) -> Tensor:
+    factor = (len(norms) if record.loss_reduction == "mean" else 1) / record.loss_scale
+    return norms if factor == 1 else norms * factor
 
 
 def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:

@@ -43,11 +43,12 @@ class SplitBatches(NoisyOptimizer):
             param.summed_grad = None
         self.module.clipped_sum = ClippedSum()
 
-    def zero_grad(self, set_to_none: bool = False) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears gradients, and the clipped sum unless the last step was skipped to go on summing.
 
         Args:
-            set_to_none: whether ``p.grad`` becomes None rather than 0.
+            set_to_none: whether ``p.grad`` becomes None, as with torch, rather than 0. Of what is None a step need not look
+                whether it is 0, for which a GPU has to be waited for.
         """
         super().zero_grad(set_to_none)
         if not self._is_last_step_skipped:

@@ -64,7 +64,9 @@ class WeightedPass(NormPass):
         yield from as_parameters(self.layout, self._kept_sums(later, coef))
         if rest:
             with self.hooks_set(False), pass_of(self):
-                weighted = self.record.loss_scale * (coef.to(loss_per_sample.device) * loss_per_sample).sum()
+                weighted = (coef.to(loss_per_sample.device) * loss_per_sample).sum()
+                if self.record.loss_scale != 1:
+                    weighted = self.record.loss_scale * weighted
                 gradients = gradients_of(self.layout, weighted, rest, self._facts.unsharded.of, retain_graph)
             yield from zip(rest, map(self._unscaled, gradients), strict=True)
             self._profile.second_pass(rest)

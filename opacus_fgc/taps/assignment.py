@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusHooks
 from opacus.layers.dp_rnn import DPRNNBase
 from opacus.utils.module_utils import has_trainable_params
@@ -53,7 +52,7 @@ class Facts:
     constants: Mapping[Tensor, int]
     batch_second: Any
     buffers_before: Buffers
-    anchor: Tensor = field(default_factory=lambda: torch.zeros((), device="cpu", requires_grad=True))
+    anchor: Tensor
     overruled: dict[nn.Module, Sampler | ByOperation] = field(default_factory=dict)
     operations: dict[Any, Any] = field(default_factory=dict)
     expansions: dict[Any, Expansion] = field(default_factory=dict)

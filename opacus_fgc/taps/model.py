@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from opacus.layers.dp_rnn import DPRNNBase
 from torch import Tensor, nn
 
@@ -53,12 +54,14 @@ class TappedModel(Tapping):
         refuse_hidden_parameters(model)
         self.force_functorch = force_functorch
         self._running = Running()
+        layout = Layout(model).prepare()
         self._facts = Facts(
-            layout=Layout(model).prepare(),
+            layout=layout,
             unsharded=Unsharded(model),
             constants=constants_of(model),
             batch_second=with_batch_second(model),
             buffers_before=Buffers(model),
+            anchor=torch.zeros((), device=layout.device if layout.params else "cpu", requires_grad=True),
         )
         self._agree(model)
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from opacus_fgc._compat.autograd import node_type
 from opacus_fgc._compat.pytree import TreeSpec, tree_flatten, tree_unflatten
 from opacus_fgc.errors import PrivacyNotImplementedError
+from opacus_fgc.per_sample.precision import autocast_dtype
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -117,7 +118,7 @@ class Interleave:
 
     def __init__(self) -> None:
         self._uses: list[Tensor] = []
-        self._batch = torch.empty(0, device="cpu")
+        self._batch: Any = None
 
     def __call__(self, uses: list[Tensor]) -> Tensor:
         """See `interleaved`."""
@@ -285,9 +286,9 @@ def tap(
         pending.outputs = tuple(i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad)
     pending.rows = tapped[0].shape[batch_axis] if tapped[0].dim() > batch_axis else 1
     pending.fingerprint = fingerprint(tapped, batch_axis)
-    device = tapped[0].device.type
-    if torch.is_autocast_enabled(device):
-        pending.autocast = (True, torch.get_autocast_dtype(device))
+    dtype = autocast_dtype(tapped[0].device.type)
+    if dtype is not None:
+        pending.autocast = (True, dtype)
     aliases = Tap.apply(pending, anchor, *tapped, *pending.take_activations(args, kwargs))
     if plain:
         return aliases[0]
