@@ -76,6 +76,12 @@ class Held:
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
+    def copy(self) -> Held:
+        """The same, to which other calls are added."""
+        other = Held()
+        other._calls = list(self._calls)
+        return other
+
     def note(
         self, layer: Any, activations: Iterable[Tensor], outputs: Iterable[Tensor], params: Sequence[Tensor]
     ) -> None:

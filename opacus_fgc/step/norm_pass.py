@@ -86,7 +86,7 @@ class NormPass(LayerNorms):
             loss_per_sample: one loss a sample, shape ``(N,)``.
             peak: the most memory that it may take, as a multiple of what the step without privacy takes, or two passes do.
         """
-        peaks = self.record.held.peaks(len(loss_per_sample))
+        peaks = self.record.uses.held.peaks(len(loss_per_sample))
         return self.layout.on_all_ranks(peaks.one_pass <= peak * max(peaks.plain, peaks.two_passes))
 
     def first_pass(

@@ -19,7 +19,6 @@ from opacus_fgc.per_sample.base import LATER
 from opacus_fgc.per_sample.doubts import Doubts
 from opacus_fgc.per_sample.precision import full_precision, is_half, widened
 from opacus_fgc.planner import KeepBudget, Room
-from opacus_fgc.step.held import Held
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.small_gradients import SmallGradients
 from opacus_fgc.step.sums import WeightedSums
@@ -56,7 +55,6 @@ class Record:
         made: other such leaves, no parameters, that its outputs depend on.
         owned: whose the rows of those calls are that are not the samples in order, by `Call.key`.
         in_half: whether a layer computed in half precision, or under autocast.
-        held: what its forward left in memory.
         recomputed: whether gradients came of steps that a sampler computed again in less than float64, so that they are not
             those of autograd to a few roundings.
         looking: whether activations are searched for inf and NaN.
@@ -94,7 +92,6 @@ class Record:
         self.small: SmallGradients | None = None
         self.first_not_finite = ""
         self.uses = Uses()
-        self.held = Held()
         self._forms: dict[Any, list[PerSampleGradient]] = {}
         self._norms: dict[Any, Tensor] = {}
         self._summed: set[Any] = set()
@@ -106,7 +103,7 @@ class Record:
         other.loss_scale = self.loss_scale
         other.batch_size_seen, other.batch = self.batch_size_seen, self.batch
         other.inputs, other.orders, other.changed_buffers = self.inputs, self.orders, self.changed_buffers
-        other.owned, other.held = self.owned, self.held
+        other.owned = self.owned
         other.uses.expected, other.step = self.uses.expected, self.step
         other.brought, other.made = self.brought, self.made
         return other
@@ -127,20 +124,6 @@ class Record:
     def wants(self, params: Iterable[Any]) -> bool:
         """Whether anything is to be computed of one of these parameters."""
         return self.phase is not Phase.WEIGHTED_PASS or not self._summed.isdisjoint(params)
-
-    def expect(
-        self, layer: Any, params: Sequence[Tensor], activations: Iterable[Tensor], outputs: Iterable[Tensor]
-    ) -> None:
-        """Notes one more use of a layer in forward.
-
-        Args:
-            layer: the layer, or what stands for a tapped operation.
-            params: its parameters.
-            activations: what it was called on.
-            outputs: what came of it.
-        """
-        self.uses.expect(layer, params)
-        self.held.note(layer, activations, outputs, params)
 
     def take(self, layer: Any, use: Use, loss_reduction: str) -> Sequence[Use]:
         """Takes in one use of a layer, whose backprops came.
@@ -174,9 +157,7 @@ class Record:
         """
         complete: dict[Any, Measured | None] = {}
         self.in_half = self.in_half or _in_half(forms, uses)
-        held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
-        held += sum(local(param).numel() for param in forms)
-        room = self.budget.room(held, len(uses), spared=not self.unkept)
+        room = self.budget.room(_elements(forms, uses), len(uses), spared=not self.unkept)
         samples = None if self.batch is None else self.batch.size
         for param, form in forms.items():
             form = _by_sample(form, self.batch_size_seen if samples is None else samples)
@@ -280,6 +261,12 @@ def measure_again(record: Record, params: Iterable[Any]) -> None:
 def _unscaled(norms: Tensor, record: Record) -> Tensor:
     factor = (len(norms) if record.loss_reduction == "mean" else 1) / record.loss_scale
     return norms if factor == 1 else norms * factor
+
+
+def _elements(params: Iterable[Any], uses: Sequence[Use]) -> int:
+    """How many elements the step without privacy holds for a layer."""
+    held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
+    return held + sum(local(param).numel() for param in params)
 
 
 def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opacus_fgc.step.held import Held
 from opacus_fgc.taps.tap import Use
 
 
@@ -31,9 +32,14 @@ class Step:
 
 
 class Uses:
-    """The uses of layers in a step's forward, held until all of a layer's came back in backward."""
+    """The uses of layers in a step's forward, held until all of a layer's came back in backward.
+
+    Attributes:
+        held: what that forward left in memory.
+    """
 
     def __init__(self) -> None:
+        self.held = Held()
         self._expected: dict[Any, int] = {}
         self._owners: dict[Any, int] = {}
         self._came: dict[Any, list[Use]] = {}
@@ -43,21 +49,32 @@ class Uses:
         return self._owners.get(param)
 
     @property
-    def expected(self) -> tuple[dict[Any, int], dict[Any, int]]:
+    def expected(self) -> tuple[dict[Any, int], dict[Any, int], Held]:
         """A copy of what `expect` noted; set it to forget what came since."""
-        return dict(self._expected), dict(self._owners)
+        return dict(self._expected), dict(self._owners), self.held.copy()
 
     @expected.setter
-    def expected(self, value: tuple[dict[Any, int], dict[Any, int]]) -> None:
-        self._expected, self._owners = map(dict, value)
+    def expected(self, value: tuple[dict[Any, int], dict[Any, int], Held]) -> None:
+        expected, owners, held = value
+        self._expected, self._owners, self.held = dict(expected), dict(owners), held.copy()
 
-    def expect(self, layer: Any, params: Iterable[Tensor]) -> None:
-        """Notes one more use of a layer, and of its parameters, in forward."""
+    def expect(
+        self, layer: Any, params: Sequence[Tensor], activations: Iterable[Tensor], outputs: Iterable[Tensor]
+    ) -> None:
+        """Notes one more use of a layer, and of its parameters, in forward.
+
+        Args:
+            layer: the layer, or what stands for a tapped operation.
+            params: its parameters.
+            activations: what it was called on.
+            outputs: what came of it.
+        """
         calls = self._expected.get(layer, 0)
         if not calls:
             for param in params:
                 self._owners[param] = self._owners.get(param, 0) + 1
         self._expected[layer] = calls + 1
+        self.held.note(layer, activations, outputs, params)
 
     def take(self, layer: Any, use: Use) -> Sequence[Use]:
         """Takes in one use of a layer.

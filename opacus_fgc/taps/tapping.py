@@ -261,7 +261,7 @@ class Tapping(Assignment):
         if not self._recomputing():
             if self._running.noted is not None:
                 self._look_at(self._running.noted, key, layer.name, _shown(key, inputs, output), axis)
-            self._open_record().expect(key, params, tensors_in(inputs), tensors_in(output))
+            self._open_record().uses.expect(key, params, tensors_in(inputs), tensors_in(output))
             if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
                 entrance = Entrance(key, *inputs, self._taps.every_module)
             if entrance is not None:

@@ -14,7 +14,6 @@ from opacus_fgc.certificates.entrances import Entrance
 from opacus_fgc.certificates.model_state import restored
 from opacus_fgc.certificates.samples import some_samples, tensors_of
 from opacus_fgc.certificates.sketch import OUT_OF_MEMORY
-from opacus_fgc.step.held import Held
 from opacus_fgc.step.phase import Phase
 from opacus_fgc.step.record import Record
 from opacus_fgc.taps.functorch import Functorch
@@ -163,8 +162,7 @@ class TriedModel(TappedModel):
         # One that is only looked at may run between a first pass and what comes of it.
         looking = self._running.seen is not None and self.record.phase is not Phase.IDLE
         record = self.record if looking else self._open_record()
-        kept, record.batch_size_seen = (record.uses.expected, record.held, record.batch_size_seen), size
-        record.held = Held()
+        kept, record.batch_size_seen = (record.uses.expected, record.batch_size_seen), size
         self._running.outermost = TRIAL
         self._taps.ops.enter(size, trying=True)
         args, kwargs = inputs
@@ -174,7 +172,7 @@ class TriedModel(TappedModel):
         finally:
             self._taps.ops.leave()
             self._running.outermost = None
-            record.uses.expected, record.held, record.batch_size_seen = kept
+            record.uses.expected, record.batch_size_seen = kept
             # Casts of weights that it made are older than the user's forward, and come too late in backward for FSDP.
             torch.clear_autocast_cache()
 
