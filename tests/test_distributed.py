@@ -8,12 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from opacus_fgc import CausalLMLoss, ChunkedCausalLMLoss
 from opacus_fgc.distributed import reductions
+from opacus_fgc.planner import MEMORY, Memory
 from tests.case import Apply
 from tests.distributed_cases import (
     C,
@@ -92,6 +94,20 @@ def step(make: Callable, wrap: Callable, mode: str, tolerance: float = 1e-9, eva
 @pytest.mark.parametrize("wrap", ways(ddp, fsdp, hsdp))
 def test_a_step_is_that_of_one_process(group, make, wrap, mode):
     group(step, make, wrap, mode)
+
+
+def step_as_users_have_it(make: Callable, wrap: Callable) -> None:
+    """Mode "ghost" makes one pass if that of all ranks takes little memory, and two if that of one does not."""
+    before = MEMORY.peak
+    # Some ranks would make one pass, and others two.
+    for MEMORY.peak in (Memory().peak, [0.1, 1e9][dist.get_rank() % 2]):
+        step(make, wrap, "ghost")
+    MEMORY.peak = before
+
+
+@pytest.mark.parametrize("wrap", ways(ddp, fsdp, hsdp, both))
+def test_ghost_in_one_pass(group, wrap):
+    group(step_as_users_have_it, table if wrap is both else tokens, wrap)
 
 
 @pytest.mark.parametrize("mode", ["ghost", "ghost_bk"])

@@ -41,6 +41,7 @@ class _Call(NamedTuple):
     activations: list[_Piece]
     outputs: list[_Piece]
     gradient: int
+    gradient_of_sample: int
 
 
 class _Layer:
@@ -93,8 +94,10 @@ class Held:
             outputs: what came of it.
             params: its parameters.
         """
-        gradient = sum(param.numel() * param.element_size() for param in map(local, params))
-        self._calls.append(_Call(layer, _pieces(activations), _pieces(outputs), gradient))
+        own, whole = (
+            sum(one.numel() * one.element_size() for one in several) for several in (map(local, params), params)
+        )
+        self._calls.append(_Call(layer, _pieces(activations), _pieces(outputs), own, whole))
 
     def peaks(self, samples: int) -> Peaks:
         """Estimates what ways to go back will take.
@@ -121,7 +124,7 @@ class Held:
             two_passes += backprops
             if not layer.calls:
                 plain += call.gradient
-                one_pass -= max(0, layer.kept - samples * call.gradient)
+                one_pass -= max(0, layer.kept - samples * call.gradient_of_sample)
                 two_passes -= layer.backprops
         return peaks.raised(plain, one_pass, two_passes)
 

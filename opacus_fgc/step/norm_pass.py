@@ -84,8 +84,11 @@ class NormPass(LayerNorms):
 
         Args:
             loss_per_sample: one loss a sample, shape ``(N,)``.
-            peak: the most memory that it may take, as a multiple of what the step without privacy takes, or two passes do.
+            peak: the most memory that it may take, as a multiple of what the step without privacy takes, or two passes do;
+                0 for two passes always.
         """
+        if not peak:
+            return False
         peaks = self.record.uses.held.peaks(len(loss_per_sample))
         return self.layout.on_all_ranks(peaks.one_pass <= peak * max(peaks.plain, peaks.two_passes))
 
