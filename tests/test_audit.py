@@ -29,7 +29,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opacus_fgc import DPOptimizerFastGradientClipping, PrivacyEngine
 from opacus_fgc.clipping import FlatClipping
-from opacus_fgc.distributed import clipped_sums
 from opacus_fgc.per_sample import Measured, Rows
 from opacus_fgc.planner import Room
 from opacus_fgc.privacy_engine import MODES
@@ -182,13 +181,7 @@ def noise_by_a_smaller_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def noise_on_all_but_one_parameter(patch: pytest.MonkeyPatch) -> None:
-    right = clipped_sums._with_noise
-
-    def changed(tensors: list[Tensor], add_noise: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        noisy = right(tensors, add_noise)
-        return [old if old.shape == (COORDINATES,) else new for old, new in zip(tensors, noisy, strict=True)]
-
-    patch.setattr(clipped_sums, "_with_noise", changed)
+    change_noise(patch, lambda values, std: 0.0 if values.shape == (COORDINATES,) else std)
 
 
 def rate_of_half(patch: pytest.MonkeyPatch) -> None:

@@ -89,7 +89,6 @@ def privatized_gradients(layout: Layout, params: Sequence[Any], add_noise: AddNo
         A parameter, and its gradient.
     """
     layout.fsdp.reshard()  # or the next forward would run on what is whole of before this step
-    own: list[tuple[Any, Tensor]] = []
     replicated: dict[tuple[Axis, ...], list[tuple[Any, Tensor]]] = {}
     for param in params:
         summed = local(param.summed_grad)
@@ -97,22 +96,11 @@ def privatized_gradients(layout: Layout, params: Sequence[Any], add_noise: AddNo
         if axes:
             replicated.setdefault(axes, []).append((param, summed))
         else:
-            own.append((param, summed))
-    for bucket, tensors in buckets(own):
-        yield from zip(bucket, map(like, bucket, _with_noise(tensors, add_noise)), strict=True)
+            yield param, like(param, add_noise(summed))
     for axes, several in replicated.items():
         sums = ((bucket, NoisySum(tensors, axes)) for bucket, tensors in buckets(several))
         for bucket, noisy in prefetch(sums):
             yield from zip(bucket, map(like, bucket, noisy.whole(add_noise)), strict=True)
-
-
-def _with_noise(tensors: Sequence[Tensor], add_noise: AddNoise) -> Iterable[Tensor]:
-    """Several tensors plus noise, which is drawn for all at once: few operations on many small tensors."""
-    if len(tensors) == 1:
-        return [add_noise(tensors[0])]
-    noisy = add_noise(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-    parts = noisy.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def noisy_total(layout: Layout, value: Tensor, add_noise: AddNoise) -> Tensor:
