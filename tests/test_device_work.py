@@ -165,7 +165,7 @@ def test_a_step_waits_for_the_device_once(name: str, mode: str, as_on_a_gpu: Non
     assert steady_step(name, mode).reads == {("tolist", "step/norm_pass.py:_look_at"): 1}
 
 
-# Kernels of a step without privacy, of "ghost_bk" and of "ghost", as counted with torch 2.13; with 2.6 one or two more for the ViT.
+# Kernels of a step without privacy, of "ghost_bk" and of "ghost", with torch 2.13; of the ViT with 2.6, which has more.
 KERNELS = {"mlp": (26, 69, 80), "language model": (130, 446, 471), "cnn": (95, 377, 453), "vit": (135, 450, 480)}
 
 
