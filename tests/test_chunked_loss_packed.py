@@ -125,18 +125,22 @@ def test_equals_oracle(tied: bool, bias: bool, mode: str, certify: str) -> None:
         assert_right(model, module, loss, losses, gradients, norm)
 
 
+def assert_step_is_right(model: Model, mode: str, lengths: tuple[int, ...]) -> None:
+    module, criterion = private(model, mode, 0.4)
+    x, y, positions = packed(lengths)
+    losses, gradients = oracle(model, x, y, lengths)
+    loss = criterion(module(x, positions), model.head, y, positions)
+    loss.backward()
+    assert_right(model, module, loss, losses, gradients, 0.4)
+
+
 @pytest.mark.parametrize("kept", [0, 100])
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_kept_of_the_first_pass(tied: bool, kept: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MEMORY, "ghost", KeepPolicy(share=kept))
     torch.manual_seed(0)
     model, lengths = Model(tied, bias=True), (5, 3, 7, 4)
-    module, criterion = private(model, "ghost", 0.4)
-    x, y, positions = packed(lengths)
-    losses, gradients = oracle(model, x, y, lengths)
-    loss = criterion(module(x, positions), model.head, y, positions)
-    loss.backward()
-    assert_right(model, module, loss, losses, gradients, 0.4)
+    assert_step_is_right(model, "ghost", lengths)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -146,12 +150,7 @@ def test_parts_are_frozen(frozen: str, mode: str) -> None:
     model, lengths = Model(bias=True), (5, 3, 7, 4)
     for part in (model.embedding, model.up) if frozen == "body" else (model.get_submodule(frozen),):
         part.requires_grad_(False)
-    module, criterion = private(model, mode, 0.4)
-    x, y, positions = packed(lengths)
-    losses, gradients = oracle(model, x, y, lengths)
-    loss = criterion(module(x, positions), model.head, y, positions)
-    loss.backward()
-    assert_right(model, module, loss, losses, gradients, 0.4)
+    assert_step_is_right(model, mode, lengths)
 
 
 @pytest.mark.parametrize("mode", MODES)

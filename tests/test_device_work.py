@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from opacus.layers import DPLSTM
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from workloads import Transformer, ViT
 
 from opacus_fgc import GradSampleModuleFastGradientClipping, PrivacyEngine, planner
 from opacus_fgc.clipping import note_finite
@@ -36,49 +37,6 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Models
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.heads, self.causal = heads, causal
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm1(x)
-        q, k, v = (layer(h).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        x = x + self.out(h.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
-class LanguageModel(nn.Module):
-    def __init__(self, vocabulary: int = 50, length: int = 16, width: int = 32) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.position = nn.Parameter(0.02 * torch.randn(length, width))
-        self.blocks = nn.Sequential(*[Block(width, 2, causal=True) for _ in range(2)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.embedding(x) + self.position))).mT
-
-
-class ViT(nn.Module):
-    def __init__(self, size: int = 16, patch: int = 4, width: int = 48) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.position = nn.Parameter(0.02 * torch.randn(1 + (size // patch) ** 2, width))
-        self.blocks = nn.Sequential(*[Block(width, 3, causal=False) for _ in range(2)])
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patches(x).flatten(2).mT
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
-        return self.head(self.norm(self.blocks(x))[:, 0])
 
 
 class Residual(nn.Module):
@@ -116,9 +74,12 @@ def mlp() -> nn.Module:
 N = 4
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
     "mlp": (mlp, lambda: (torch.randn(N, 16), torch.randint(10, (N,)))),
-    "language model": (LanguageModel, lambda: (torch.randint(50, (N, 16)), torch.randint(50, (N, 16)))),
+    "language model": (
+        lambda: Transformer(50, 16, 32, depth=2, heads=2),
+        lambda: (torch.randint(50, (N, 16)), torch.randint(50, (N, 16))),
+    ),
     "cnn": (cnn, lambda: (torch.randn(N, 3, 16, 16), torch.randint(10, (N,)))),
-    "vit": (ViT, lambda: (torch.randn(N, 3, 16, 16), torch.randint(10, (N,)))),
+    "vit": (lambda: ViT(16, width=48, depth=2), lambda: (torch.randn(N, 3, 16, 16), torch.randint(10, (N,)))),
 }
 RECURRENT = {"dplstm": (Recurrent, lambda: (torch.randint(50, (N, 6)), torch.randint(10, (N,))))}
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -145,12 +145,8 @@ def full_precision(device: torch.device) -> AbstractContextManager:
     """A context without autocast, in which products of float32 are of float32, not of TF32 or bfloat16."""
     # Called for every parameter, so it is kept light.
     kind = device.type
-    for one in _SETTINGS:
-        if one.concerns in ("", kind) and one.get() not in one.full:
-            return _set_to_full(
-                [one for one in _SETTINGS if one.concerns in ("", kind) and one.get() not in one.full], device
-            )
-    return without_autocast(device)
+    reduced = [one for one in _SETTINGS if one.concerns in ("", kind) and one.get() not in one.full]
+    return _set_to_full(reduced, device) if reduced else without_autocast(device)
 
 
 @contextmanager
