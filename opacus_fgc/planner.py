@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, NamedTuple
 
 
 class NormMethod(Enum):
@@ -50,13 +51,28 @@ class KeepPolicy:
         share: the room of a parameter, as a share of what its layer and it hold in the step without privacy: activations,
             backprops and the parameter.
         everything: keep all forms, so that no second pass is needed.
+        freed: whether a layer has as much room as the pass has given up memory by then, so that by estimate it stays within the
+            peak of the step without privacy.
     """
 
     share: float = 0.0
     everything: bool = False
+    freed: bool = False
 
 
 NOTHING = KeepPolicy()
+
+
+class Freed(NamedTuple):
+    """What a layer may keep in memory that a pass has given up before it came there.
+
+    Attributes:
+        own: bytes of what it keeps in any case.
+        room: bytes of what it may keep instead.
+    """
+
+    own: int
+    room: int
 
 
 class KeepBudget:
@@ -64,21 +80,31 @@ class KeepBudget:
 
     Args:
         keep: the bounds.
+        freed: the room in memory that is given up by then, by layer.
     """
 
-    def __init__(self, keep: KeepPolicy = NOTHING) -> None:
+    def __init__(self, keep: KeepPolicy = NOTHING, freed: Mapping[Any, Freed] | None = None) -> None:
         self.keep = keep
+        self._freed = freed or {}
         self._left = 0.0
+        # Bytes: what the layer at hand would keep in any case, and what layers before it kept beyond that.
+        self._own = 0
+        self._beyond = 0
 
-    def room(self, held: int, uses: int, spared: bool) -> Room:
+    def room(self, layer: Any, held: int, uses: int, spared: bool, itemsize: int) -> Room:
         """The room for the forms of a layer.
 
         Args:
+            layer: the layer.
             held: elements of the layer's activations, backprops and parameters.
             uses: how often it was called.
             spared: whether the second pass may still be spared altogether.
+            itemsize: bytes of an element of per-sample gradients.
         """
         share, everything = self.keep.share * held, self.keep.everything
+        if layer in self._freed:
+            self._own, room = self._freed[layer]
+            share = max(share, (room - self._beyond) / itemsize)
         self._left += share
         if share and uses > 1:
             # All uses were held until now, so that keeping what came of them takes no more than there was.
@@ -86,9 +112,12 @@ class KeepBudget:
         # Where no second pass may be needed, what other layers left of their room counts as well.
         return Room(self._left) if spared and not everything else Room(share, everything)
 
-    def spend(self, elements: int) -> None:
-        """Notes that so many elements were kept."""
-        self._left -= elements
+    def spend(self, room: Room, elements: int, itemsize: int) -> None:
+        """Notes that so many elements, of so many bytes each, were kept in a room."""
+        if not room.everything:
+            self._left -= elements
+        beyond = elements * itemsize - self._own
+        self._own, self._beyond = max(0, -beyond), self._beyond + max(0, beyond)
 
 
 @dataclass
@@ -101,14 +130,14 @@ class Memory:
         peak: in mode "ghost" the most that one backward pass may take by estimate, as a multiple of what the step without privacy
             takes, or two passes do. Within it one pass keeps what "ghost_bk" keeps; beyond it there are two.
         ghost: what mode "ghost" keeps of the first of two passes, which spares the second pass these parameters.
-        ghost_bk: what mode "ghost_bk" keeps. All forms are kept; ``share`` bounds the per-sample gradients that are kept in
-            place of activations and backprops since they are the faster method.
+        ghost_bk: what mode "ghost_bk" keeps. All forms are kept; ``share`` and ``freed`` bound the per-sample gradients that are
+            kept in place of activations and backprops since they are the faster method.
     """
 
     temporary: int = 2**25
     peak: float = 1.1
     ghost: KeepPolicy = KeepPolicy(share=1 / 6)
-    ghost_bk: KeepPolicy = KeepPolicy(share=1.3, everything=True)
+    ghost_bk: KeepPolicy = KeepPolicy(share=1.3, everything=True, freed=True)
 
 
 MEMORY = Memory()

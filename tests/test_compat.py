@@ -569,6 +569,13 @@ def test_buffers_by_name() -> None:
     assert not hasattr(layer, "new") and layer.running_mean.tolist() == [0, 0]
 
 
+def test_every_module() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.Sequential(nn.Sequential(shared, nn.ReLU()), shared, nn.ModuleList([nn.Identity()]))
+    model.add_module("none", None)
+    assert modules.every_module(model) == list(model.modules())
+
+
 def test_remove_forward_hooks() -> None:
     calls = []
     hook, other = lambda *_, **__: calls.append("hook"), lambda *_, **__: calls.append("other")

@@ -232,6 +232,33 @@ def test_peaks() -> None:
     assert held.peaks(1).one_pass / 8 == activations + gradient_of_second + passing
 
 
+def test_freed() -> None:
+    """By hand, in elements: where the first layer comes, the last one's output is given up, and its backprops are kept."""
+    held = Held()
+    x, y, z = torch.zeros(4, 8), torch.zeros(4, 16), torch.zeros(4, 256)
+    held.note("first", [x], [y], [torch.zeros(16, 8)])
+    held.note("second", [y], [z], [torch.zeros(256, 16)])
+    freed = {layer: (own / 8, room / 8) for layer, (own, room) in held.freed(4).items()}
+    kept_of_second, passing_first, gradient_of_second = 64 + 1024, 64 + 32, 4096
+    most = 32 + 64 + gradient_of_second + passing_first
+    assert held.peaks(4).plain / 8 == most
+    at_first = 32 + 64 + kept_of_second
+    assert freed["first"] == (32 + 64, most - at_first - passing_first)
+    assert freed["second"] == (kept_of_second, most - (32 + 64 + 1024) - (1024 + 64))
+
+
+def test_a_layer_has_room_in_memory_that_was_given_up() -> None:
+    freed = {"last": planner.Freed(own=400, room=800), "first": planner.Freed(own=400, room=1200)}
+    budget = planner.KeepBudget(KeepPolicy(everything=True, freed=True), freed)
+    room = budget.room("last", 100, 1, True, 4)
+    assert room == planner.Room(200, everything=True)
+    budget.spend(room, 50, 4)
+    budget.spend(room, 90, 4)
+    # The layer kept 160 bytes more than it would in any case.
+    assert budget.room("first", 100, 1, True, 4) == planner.Room((1200 - 160) / 4, everything=True)
+    assert budget.room("other", 100, 1, True, 4) == planner.Room(0, everything=True)
+
+
 @pytest.mark.usefixtures("of_default_peak")
 def test_one_pass_equals_oracle() -> None:
     for case in CASES:

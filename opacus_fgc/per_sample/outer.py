@@ -97,7 +97,7 @@ class Outer(SumOverPositions):
         shape: shape of the parameter, ``groups * p * d`` elements in that order.
     """
 
-    KERNELS = Kernels(gram=1.25, formed=1.2, gradient=1.0)
+    KERNELS = Kernels(gram=1.25, formed=1.05, gradient=1.0)
 
     def __init__(self, left: Tensor, right: Tensor, shape: torch.Size) -> None:
         self.left = left if left.dim() == 4 else left.unsqueeze(1)

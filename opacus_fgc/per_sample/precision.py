@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -144,13 +144,15 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def full_precision(device: torch.device) -> AbstractContextManager:
     """A context without autocast, in which products of float32 are of float32, not of TF32 or bfloat16."""
     # Called for every parameter, so it is kept light.
-    kind = device.type
-    reduced = [one for one in _SETTINGS if one.concerns in ("", kind) and one.get() not in one.full]
-    return _set_to_full(reduced, device) if reduced else without_autocast(device)
+    for one in _concerning(device.type):
+        if one.get() not in one.full:
+            return _set_to_full(device)
+    return without_autocast(device)
 
 
 @contextmanager
-def _set_to_full(settings: Sequence[_Setting], device: torch.device) -> Iterator[None]:
+def _set_to_full(device: torch.device) -> Iterator[None]:
+    settings = [one for one in _concerning(device.type) if one.get() not in one.full]
     before = [setting.get() for setting in settings]
     for setting in settings:
         setting.set(setting.full[0])
@@ -212,3 +214,8 @@ def _settings() -> Iterator[_Setting]:
 
 
 _SETTINGS = tuple(_settings())
+
+
+@cache
+def _concerning(device: str) -> tuple[_Setting, ...]:
+    return tuple(one for one in _SETTINGS if one.concerns in ("", device))

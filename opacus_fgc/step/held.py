@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from opacus_fgc.distributed.mesh import local
+from opacus_fgc.planner import Freed
 
 
 class Peaks(NamedTuple):
@@ -40,8 +42,25 @@ class _Call(NamedTuple):
     layer: Any
     activations: list[_Piece]
     outputs: list[_Piece]
-    gradient: int
-    gradient_of_sample: int
+    params: Sequence[Tensor]
+
+
+class _Moment(NamedTuple):
+    """When backward is at a call.
+
+    Attributes:
+        layer: what was called.
+        passing: what is held while it computes backprops.
+        done: what is held after it.
+        is_last: whether all calls of the layer have come by then.
+        kept: what one pass keeps of the layer's calls until then.
+    """
+
+    layer: Any
+    passing: Peaks
+    done: Peaks
+    is_last: bool
+    kept: int
 
 
 class _Layer:
@@ -61,6 +80,10 @@ def _pieces(tensors: Iterable[Tensor]) -> list[_Piece]:
             size = min(storage.nbytes(), tensor.element_size() * tensor.numel())
             pieces.append(_Piece(StorageWeakRef(storage), size))
     return pieces
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _bytes(pieces: Iterable[_Piece]) -> int:
@@ -94,10 +117,7 @@ class Held:
             outputs: what came of it.
             params: its parameters.
         """
-        own, whole = (
-            sum(one.numel() * one.element_size() for one in several) for several in (map(local, params), params)
-        )
-        self._calls.append(_Call(layer, _pieces(activations), _pieces(outputs), own, whole))
+        self._calls.append(_Call(layer, _pieces(activations), _pieces(outputs), params))
 
     def peaks(self, samples: int) -> Peaks:
         """Estimates what ways to go back will take.
@@ -105,15 +125,37 @@ class Held:
         Args:
             samples: number of samples.
         """
+        moments = [peaks for moment in self._way_back(samples) for peaks in (moment.passing, moment.done)]
+        return reduce(lambda highest, peaks: highest.raised(*peaks), moments, Peaks(0, 0, 0))
+
+    def freed(self, samples: int) -> dict[Any, Freed]:
+        """What layers may keep within the peak of the step without privacy, where one pass keeps what it needs.
+
+        Args:
+            samples: number of samples.
+        """
+        moments = list(self._way_back(samples))
+        most = max((max(moment.passing.plain, moment.done.plain) for moment in moments), default=0)
+        freed: dict[Any, Freed] = {}
+        later = 0  # the most that is held from a moment on
+        for moment in reversed(moments):
+            later = max(later, moment.done.one_pass)
+            if moment.is_last:
+                freed[moment.layer] = Freed(
+                    moment.kept, min(moment.kept + most - later, most - moment.passing.one_pass)
+                )
+            later = max(later, moment.passing.one_pass)
+        return freed
+
+    def _way_back(self, samples: int) -> Iterator[_Moment]:
         layers: dict[Any, _Layer] = {}
         given_up = self._given_up(layers)
         plain = one_pass = two_passes = sum(given_up)
-        peaks = Peaks(plain, one_pass, two_passes)
         kept: set[Any] = set()
         for call, freed in zip(reversed(self._calls), reversed(given_up), strict=True):
             layer, backprops = layers[call.layer], _bytes(call.outputs)
             passing = backprops + _bytes(call.activations)
-            peaks = peaks.raised(plain + passing, one_pass + passing, two_passes + passing)
+            while_passing = Peaks(plain + passing, one_pass + passing, two_passes + passing)
             own = backprops + _bytes(piece for piece in call.activations if piece.storage.cdata not in kept)
             kept.update(piece.storage.cdata for piece in call.activations)
             layer.calls -= 1
@@ -123,10 +165,12 @@ class Held:
             one_pass += own - freed
             two_passes += backprops
             if not layer.calls:
-                plain += call.gradient
-                one_pass -= max(0, layer.kept - samples * call.gradient_of_sample)
+                plain += sum(map(_size, map(local, call.params)))
+                less = max(0, layer.kept - samples * sum(map(_size, call.params)))
+                layer.kept -= less
+                one_pass -= less
                 two_passes -= layer.backprops
-        return peaks.raised(plain, one_pass, two_passes)
+            yield _Moment(call.layer, while_passing, Peaks(plain, one_pass, two_passes), not layer.calls, layer.kept)
 
     def _given_up(self, layers: dict[Any, _Layer]) -> list[int]:
         """The bytes that are given up with each call; counts the calls of each layer."""

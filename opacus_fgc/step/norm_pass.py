@@ -177,7 +177,9 @@ class NormPass(LayerNorms):
         looks_later: bool = False,
     ) -> None:
         """A pass to the taps; with ``looks_later``, norms are complete only with `get_norm_sample`, or looked at after it."""
-        record.loss_reduction, record.budget = "sum", KeepBudget(keep)
+        # A graph that is retained gives nothing up.
+        freed = record.uses.held.freed(len(loss_per_sample)) if keep.freed and not retain_graph else None
+        record.loss_reduction, record.budget = "sum", KeepBudget(keep, freed)
         # All ranks of a group have to take the same passes.
         looks_later = looks_later and not self.layout.forward_communicates
         if reads_are_free(loss_per_sample.device):

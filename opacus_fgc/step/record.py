@@ -157,7 +157,8 @@ class Record:
         """
         complete: dict[Any, Measured | None] = {}
         self.in_half = self.in_half or _in_half(forms, uses)
-        room = self.budget.room(_elements(forms, uses), len(uses), spared=not self.unkept)
+        layer, spared = uses[0].call.key.layer, not self.unkept
+        room = self.budget.room(layer, _elements(forms, uses), len(uses), spared, _itemsize(uses))
         samples = None if self.batch is None else self.batch.size
         for param, form in forms.items():
             form = _by_sample(form, self.batch_size_seen if samples is None else samples)
@@ -215,7 +216,7 @@ class Record:
             return None
         if self.small is not None and self.small.takes(form, room):
             self._norms[param] = self.small.add(param, form)
-            self.budget.spend(0 if room.everything else form.elements)
+            self.budget.spend(room, form.elements, widened(param.dtype).itemsize)
             return None
         measured = _measured(self, param, form, room)
         self._norms[param] = measured.norm
@@ -223,8 +224,7 @@ class Record:
             self.unkept.append(param)
         else:
             self.sums.keep(param, measured.kept)
-            if not room.everything:
-                self.budget.spend(measured.kept.elements)
+            self.budget.spend(room, measured.kept.elements, widened(param.dtype).itemsize)
         return None if measured.norm is LATER else measured
 
 
@@ -267,6 +267,11 @@ def _elements(params: Iterable[Any], uses: Sequence[Use]) -> int:
     """How many elements the step without privacy holds for a layer."""
     held = sum(tensor.numel() for use in uses for tensor in (*use.call.activations, *use.backprops))
     return held + sum(local(param).numel() for param in params)
+
+
+def _itemsize(uses: Sequence[Use]) -> int:
+    """Bytes of an element of the per-sample gradients that come of uses."""
+    return widened(uses[0].backprops[0].dtype).itemsize
 
 
 def _in_half(params: Iterable[Any], uses: Sequence[Use]) -> bool:

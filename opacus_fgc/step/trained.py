@@ -51,12 +51,11 @@ class TrainedParameters:
         """
         if not loss_per_sample.requires_grad:
             raise RuntimeError("the loss does not depend on any trainable layer of the wrapped model")
-        every = self._unsharded.named_parameters(self._model)
-        trained = [param for param in every.values() if param.requires_grad]
+        trained = [param for param in self._unsharded.parameters(self._model) if param.requires_grad]
         # One by one takes a fraction of the time of sets: to look a tensor up is a call of Python's.
         if len(trained) != len(self._in_order) or any(map(is_not, trained, self._in_order)):
-            self._check_same(every)
-        hooked = [name for name, param in every.items() if param.requires_grad and _has_hooks(param)]
+            self._check_same(self._unsharded.named_parameters(self._model))
+        hooked = [self.names[param] for param in trained if _has_hooks(param)]
         if hooked:
             raise PrivacyValueError(
                 f"{', '.join(sorted(hooked))} has a gradient hook (register_hook), which would change the clipped sum "
@@ -65,10 +64,9 @@ class TrainedParameters:
             )
         reached = reached_by([loss_per_sample], self._unsharded.of_each(self.names.keys()), anchor=anchor)
         if reached.past:
-            names = {param: name for name, param in every.items()}
             past = map(self._unsharded.parameter, reached.past)
             raise PrivacyValueError(
-                f"the loss depends on {', '.join(sorted(names[param] for param in past))} past the layer that has it, so "
+                f"the loss depends on {', '.join(sorted(self.names[param] for param in past))} past the layer that has it, so "
                 "the per-sample norms would miss a part of the gradient. Call the layer instead of using its parameter, and "
                 "put penalties on weights into the optimizer (weight_decay)"
             )

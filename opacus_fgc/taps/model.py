@@ -11,6 +11,7 @@ from opacus.layers.dp_rnn import DPRNNBase
 from torch import Tensor, nn
 
 from opacus_fgc._compat.compiler import is_compiled
+from opacus_fgc._compat.modules import every_module
 from opacus_fgc.argument_checks import describe, refuse_hidden_parameters
 from opacus_fgc.certificates.buffers import Buffers
 from opacus_fgc.certificates.entrances import Entrance
@@ -66,7 +67,7 @@ class TappedModel(Tapping):
         self._agree(model)
 
     def _is_compiled(self) -> bool:
-        return any(map(is_compiled, self._module.modules()))
+        return any(map(is_compiled, every_module(self._module)))
 
     def _look_for_compiled(self) -> None:
         """Puts the hooks on anew if a part of the model was compiled since."""
@@ -79,7 +80,7 @@ class TappedModel(Tapping):
     ) -> None:
         """Puts the hooks on the model; `remove_hooks` takes them off. The arguments are Opacus' and not used here."""
         handles: list[Any] = Handles()
-        compiled, every_module = self._is_compiled(), tuple(self._module.modules())
+        compiled, modules = self._is_compiled(), tuple(self._module.modules())
         if compiled:
             handles.append(KeptBuffers())
         self.autograd_grad_sample_hooks = self._module.autograd_grad_sample_hooks = handles
@@ -99,9 +100,9 @@ class TappedModel(Tapping):
             layers[layer] = Tapped(paths[layer], name, type(layer).__name__, sampler, params, receive)
         if not compiled:
             # Whatever has layers in it may be called from outside. (Parts of a compiled module are not.)
-            entrances.update(_containers(layers, every_module))
+            entrances.update(_containers(layers, modules))
         # Torch's attention uses a child's weight, which a checkpoint that starts in between has to find watched.
-        entrances.update(module for module in every_module if isinstance(module, nn.MultiheadAttention))
+        entrances.update(module for module in modules if isinstance(module, nn.MultiheadAttention))
         named = self._facts.unsharded.named_parameters(self._module)
         # As they are between two forwards.
         names = {param: path for path, param in named.items()}
@@ -120,7 +121,7 @@ class TappedModel(Tapping):
             self._facts.expansions,
             compiled,
         )
-        self._taps = Taps(ops, layers, names, every_module, compiled)
+        self._taps = Taps(ops, layers, names, modules, compiled)
         # Before `_enter` in this list, so after it in a call: it may run the model on its own.
         handles += self._facts.unsharded.watch(ops)
         for module in entrances:
@@ -131,7 +132,7 @@ class TappedModel(Tapping):
             handles.append(
                 layer.register_forward_hook(Hook(self.capture_activations_hook), prepend=True, with_kwargs=True)
             )
-        for module in every_module:
+        for module in modules:
             if isinstance(module, DPRNNBase):
                 handles.append(module.register_forward_pre_hook(Hook(self._begin_packed)))
                 handles.append(module.register_forward_hook(Hook(self._end_packed), always_call=True))

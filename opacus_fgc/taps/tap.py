@@ -21,8 +21,16 @@ from opacus_fgc.per_sample.precision import autocast_dtype
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in any nesting of tuples, lists and dicts, in order."""
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+    """The tensors in any nesting of tuples, lists and dicts, in order. Called for every call of every layer."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    kind = type(tree)
+    if kind in (tuple, list, dict):  # a tenth of the time that `tree_flatten` takes
+        return [tensor for inner in (tree.values() if kind is dict else tree) for tensor in tensors_in(inner)]
+    return [] if kind in _SINGLE else [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+_SINGLE = frozenset((bool, float, int, str, type(None)))
 
 
 class Call:

@@ -257,32 +257,24 @@ class Tapping(Assignment):
         if self._running.seen is not None:
             self._look_at(self._running.seen, key, layer.name, _shown(key, inputs, output), axis)
             return output
-        entrance, number = self._running.entrance, 0
-        if not self._recomputing():
-            if self._running.noted is not None:
-                self._look_at(self._running.noted, key, layer.name, _shown(key, inputs, output), axis)
-            self._open_record().uses.expect(key, params, tensors_in(inputs), tensors_in(output))
-            if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
-                entrance = Entrance(key, *inputs, self._taps.every_module)
-            if entrance is not None:
-                number = entrance.enter(key, *inputs)
-        seen = list(map(self._facts.unsharded.of, params))
-        try:
-            return tap(
-                output,
-                *inputs,
-                self._facts.anchor,
-                seen,
-                layer.receive,
-                axis,
-                fingerprint,
-                self._running.samples,
-                key,
-                entrance,
-                number,
-            )
-        except NotImplementedError as error:
-            raise located(error, layer.name)  # noqa: B904
+        with self._taps.ops.paused():
+            entrance, number = self._running.entrance, 0
+            if not self._recomputing():
+                if self._running.noted is not None:
+                    self._look_at(self._running.noted, key, layer.name, _shown(key, inputs, output), axis)
+                self._open_record().uses.expect(key, params, tensors_in(inputs), tensors_in(output))
+                if entrance is None and isinstance(key, nn.Module) and self._running.outermost is None:
+                    entrance = Entrance(key, *inputs, self._taps.every_module)
+                if entrance is not None:
+                    number = entrance.enter(key, *inputs)
+            seen = list(map(self._facts.unsharded.of, params))
+            anchor, samples = self._facts.anchor, self._running.samples
+            try:
+                return tap(
+                    output, *inputs, anchor, seen, layer.receive, axis, fingerprint, samples, key, entrance, number
+                )
+            except NotImplementedError as error:
+                raise located(error, layer.name)  # noqa: B904
 
     def _look_at(self, observations: Observations, key: Any, name: str, values: Sequence[Tensor], axis: int) -> None:
         observations.begin_call(key)
