@@ -678,6 +678,17 @@ def test_sketches_tell_rows_apart_and_commute_with_powers_of_two(dtype: torch.dt
     assert (sketch(other, 0) != one).any(1).tolist() == [False] * 3 + [True] + [False] * 3
 
 
+@pytest.mark.parametrize("places", [(5, 9), (5, 5 + 2**17), (5, 2**18 + 3)], ids=["piece", "pieces", "tail"])
+def test_sketches_of_long_rows_tell_places_apart(places: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(2, 2**18 + 7)
+    other = rows.clone()
+    other[1, list(places)] = rows[1, list(reversed(places))]
+    one = sketch(rows, 0)
+    assert (sketch(other, 0) != one).any(1).tolist() == [False, True]
+    assert torch.equal(sketch(rows * 2.0**-5, 0), one * 2.0**-5)
+
+
 @pytest.mark.parametrize("size", [1, 2, 24, 25, 600])
 def test_loss_weights_tell_all_samples_apart(size: int) -> None:
     drawn = torch.stack(weights(size, draws_that_tell(size), random.Random(0)))

@@ -25,6 +25,9 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 # How many elements are worked on at once: on a CPU as many as its caches hold.
 _CHUNK, _LARGE_CHUNK = 2**18, 2**24
 
+# Longer rows are taken in pieces, since weights take as much memory as a row.
+_PIECE = 2**17
+
 
 def sketch(value: Tensor, axis: int) -> Tensor:
     """Three numbers that tell each row of a tensor from others, shape ``(rows, 3)``: two weighted sums, and one of sizes.
@@ -44,14 +47,21 @@ def sketch(value: Tensor, axis: int) -> Tensor:
         dtype = torch.float32 if rows.is_floating_point() or rows.device.type == "mps" else torch.float64
     at_once = _CHUNK if rows.device.type == "cpu" else _LARGE_CHUNK
     with full_precision(rows.device):
-        weights = _weights(rows.shape[1], dtype, rows.device)
-        return torch.cat(
-            [_sums(part.to(dtype), weights) for part in rows.split(max(1, at_once // max(1, rows.shape[1])))]
-        )
+        return torch.cat([_sums(part.to(dtype)) for part in rows.split(max(1, at_once // max(1, rows.shape[1])))])
 
 
-def _sums(rows: Tensor, weights: Tensor) -> Tensor:
-    return torch.cat([rows @ weights.mT, rows.abs().sum(1, keepdim=True)], 1)
+def _sums(rows: Tensor) -> Tensor:
+    return torch.cat([_weighted(rows), rows.abs().sum(1, keepdim=True)], 1)
+
+
+def _weighted(rows: Tensor) -> Tensor:
+    """Two weighted sums of each row, shape ``(rows, 2)``; of long rows those of its pieces, weighted themselves."""
+    whole = rows.shape[1] - rows.shape[1] % _PIECE
+    if rows.shape[1] <= _PIECE:
+        return rows @ _weights(rows.shape[1], rows.dtype, rows.device).mT
+    pieces = rows[:, :whole].unflatten(1, (-1, _PIECE)) @ _weights(_PIECE, rows.dtype, rows.device).mT
+    pieces = torch.cat([pieces, _weighted(rows[:, whole:]).unsqueeze(1)], 1)
+    return (pieces * _weights(pieces.shape[1], rows.dtype, rows.device).mT).sum(1)
 
 
 @functools.lru_cache(maxsize=16)
@@ -64,7 +74,7 @@ def _weights(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def forget_weights() -> None:
-    """Gives up what sketches keep from one to the next, which may be as large as a row."""
+    """Gives up what sketches keep from one to the next."""
     _weights.cache_clear()
 
 
