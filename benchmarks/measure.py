@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import opacus
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader, TensorDataset
 from workloads import Workload
 
@@ -28,6 +28,9 @@ Step = Callable[[], None]
 Ratios = dict[str, float | None]
 
 BASELINE = "non-private"
+EARLY = 4
+"""So many steps have a certificate each, or follow one soon; what comes later is timed."""
+
 ENGINES: dict[str, tuple[type[opacus.PrivacyEngine], str]] = {
     "opacus hooks": (opacus.PrivacyEngine, "hooks"),
     "opacus ghost": (opacus.PrivacyEngine, "ghost"),
@@ -43,16 +46,18 @@ class Figures:
 
     Attributes:
         batch: the batch size.
-        time: of a step, as a ratio to the non-private one's; None for a way that stops.
-        memory: peak of a step over the level before it, likewise.
+        time: of a step after the early ones, as a ratio to the non-private one's; None for a way that stops.
+        memory: peak of the first step over the level before it, likewise.
+        later: peak of the first step after the early ones, over the same level.
         step_ms: median time of the non-private step, in milliseconds.
-        step_mib: peak memory of the non-private step, in MiB.
+        step_mib: peak memory of the first non-private step, in MiB.
         stops: why a way stops.
     """
 
     batch: int
     time: Ratios
     memory: Ratios
+    later: Ratios
     step_ms: float
     step_mib: float
     stops: dict[str, str]
@@ -98,37 +103,51 @@ def make_step(workload: Workload, way: str, device: torch.device, autocast: bool
     return step
 
 
-def peak_memory(step: Step, device: torch.device) -> int:
-    """The most bytes that a step holds at a time, over what was allocated before it.
+def peak_memory(step: Step, device: torch.device, early: int = 0) -> int:
+    """The most bytes that a step holds at a time, over what was allocated before it and the steps before it.
 
     On CUDA from the statistics of torch's allocator, on a CPU from the profiler's trace of it. Neither sees what libraries
     such as oneDNN and MKL allocate on their own for scratch.
+
+    Args:
+        step: makes one step.
+        device: where.
+        early: how many steps to make before it.
     """
     gc.collect()
     if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        for _ in range(early):
+            step()
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        step()
+        for _ in range(early):
+            step()
+        with record_function(_MEASURED):
+            step()
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))
-        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
+        events = json.loads(path.read_text())["traceEvents"]
+    begin = next(event["ts"] for event in events if event["name"] == _MEASURED)
     held: dict[int, int] = {}  # by address, so that only what the step itself allocated counts as freed by it
     level = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
         address, size = event["args"]["Addr"], event["args"]["Bytes"]
         if size > 0:
             held[address] = size
             level += size
-            peak = max(peak, level)
+            peak = max(peak, level if event["ts"] >= begin else 0)
         else:
             level -= held.pop(address, 0)
     return peak
+
+
+_MEASURED = "the step that is measured"
 
 
 def time_rounds(steps: dict[str, Step], seconds: float, device: torch.device) -> list[dict[str, float]]:
@@ -166,13 +185,15 @@ def measure(workload: Workload, seconds: float, device: torch.device, autocast: 
     """
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
+    later: dict[str, int] = {}
     stops: dict[str, str] = {}
     for way in [BASELINE, *WAYS]:
         try:
-            step = make_step(workload, way, device, autocast)
-            step()  # before the trace, since what torch initializes once belongs to no way
-            # The first step of another instance, so that what a way keeps from step to step counts.
+            make_step(workload, way, device, autocast)()  # since what torch initializes once belongs to no way
+            # Of fresh instances, so that what a way keeps from step to step counts.
             peaks[way] = peak_memory(make_step(workload, way, device, autocast), device)
+            step = make_step(workload, way, device, autocast)
+            later[way] = peak_memory(step, device, EARLY)
             steps[way] = step
         except Exception as error:
             if way == BASELINE:
@@ -188,6 +209,7 @@ def measure(workload: Workload, seconds: float, device: torch.device, autocast: 
             for way in WAYS
         },
         memory={way: peaks[way] / peaks[BASELINE] if way in steps else None for way in WAYS},
+        later={way: later[way] / later[BASELINE] if way in steps else None for way in WAYS},
         step_ms=1e3 * statistics.median(taken[BASELINE] for taken in rounds),
         step_mib=peaks[BASELINE] / 2**20,
         stops=stops,

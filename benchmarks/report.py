@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 Results = dict[str, Figures]
 
-QUANTITIES = {"time": "time of a step", "memory": "peak memory of a step"}
+QUANTITIES = {
+    "time": "time of a step",
+    "memory": "peak memory of the first step",
+    "later": "peak memory of a later step",
+}
 # The colours of Okabe and Ito, which the colour-blind can tell apart.
 COLOURS = dict(zip(WAYS, ["#999999", "#E69F00", "#56B4E9", "#009E73"], strict=True))
 MARKERS = dict(zip(WAYS, "sDo^", strict=True))
@@ -76,7 +80,7 @@ def tables(results: Results) -> str:
 
 
 def read(text: str) -> Results:
-    """The ratios of the main workloads as `tables` wrote them, of time and of memory; none without both."""
+    """The ratios of the main workloads as `tables` wrote them, of time and of memory; none without all."""
     ratios: dict[str, dict[str, dict[str, float | None]]] = {quantity: {} for quantity in QUANTITIES}
     title = None
     for line in text.splitlines():
@@ -153,7 +157,7 @@ def plot(results: Results, path: Path, comment: str = "") -> None:
 
     main, sweeps = main_results(results), measured_sweeps(results)
     heights = [1.5 + 0.55 * len(main)] * bool(main) + [3.0 * len(QUANTITIES)] * bool(sweeps)
-    figure = plt.figure(figsize=(12, sum(heights)), layout="constrained")
+    figure = plt.figure(figsize=(15, sum(heights)), layout="constrained")
     parts = iter(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat)
     if main:
         bars = next(parts).subplots(1, len(QUANTITIES), sharey=True)

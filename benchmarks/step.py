@@ -1,8 +1,9 @@
 """Time and peak memory of one training step (forward, backward, clip), as ratios to the same step without privacy.
 
 All ways run in turn in one process, in another order each round, so that whatever else the machine does hits them alike; a
-ratio of times is the median over the rounds. Memory is the peak of a first step over the level before it, by a trace of
-torch's allocator: what a way keeps from step to step counts, scratch memory inside oneDNN and MKL is not seen.
+ratio of times is the median over the rounds, after the first steps, which have certificates. Memory is the peak of the first
+step, and of one after these, over the level before the first, by a trace of torch's allocator: what a way keeps from step to step
+counts, scratch memory inside oneDNN and MKL is not seen.
 
     python benchmarks/step.py                               # the main workloads
     python benchmarks/step.py --sweeps --plot step.png      # over T and B as well, and a picture
