@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +27,6 @@ class Peaks(NamedTuple):
     one_pass: int
     two_passes: int
 
-    def raised(self, *levels: int) -> Peaks:
-        """The peaks when so many bytes are held."""
-        return Peaks(*map(max, self, levels))
-
 
 class _Piece(NamedTuple):
     storage: StorageWeakRef
@@ -40,9 +35,11 @@ class _Piece(NamedTuple):
 
 class _Call(NamedTuple):
     layer: Any
+    params: Sequence[Tensor]
     activations: list[_Piece]
     outputs: list[_Piece]
-    params: Sequence[Tensor]
+    taken: int  # bytes of its activations
+    given: int  # bytes of its outputs
 
 
 class _Moment(NamedTuple):
@@ -50,15 +47,13 @@ class _Moment(NamedTuple):
 
     Attributes:
         layer: what was called.
-        passing: what is held while it computes backprops.
-        done: what is held after it.
+        held: what is held then.
         is_last: whether all calls of the layer have come by then.
         kept: what one pass keeps of the layer's calls until then.
     """
 
     layer: Any
-    passing: Peaks
-    done: Peaks
+    held: Peaks
     is_last: bool
     kept: int
 
@@ -72,22 +67,21 @@ class _Layer:
         self.kept = 0
 
 
-def _pieces(tensors: Iterable[Tensor]) -> list[_Piece]:
-    pieces = []
-    for tensor in map(local, tensors):
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            size = min(storage.nbytes(), tensor.element_size() * tensor.numel())
-            pieces.append(_Piece(StorageWeakRef(storage), size))
-    return pieces
-
-
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _bytes(pieces: Iterable[_Piece]) -> int:
-    return sum(piece.size for piece in pieces)
+def _pieces(tensors: Iterable[Tensor]) -> tuple[list[_Piece], int]:
+    """The memory of tensors, and its bytes. Called for every call of every layer, so it is kept light."""
+    pieces, total = [], 0
+    for tensor in tensors:
+        tensor = local(tensor)
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            size = min(storage.nbytes(), _size(tensor))
+            pieces.append(_Piece(StorageWeakRef(storage), size))
+            total += size
+    return pieces, total
 
 
 class Held:
@@ -117,7 +111,8 @@ class Held:
             outputs: what came of it.
             params: its parameters.
         """
-        self._calls.append(_Call(layer, _pieces(activations), _pieces(outputs), params))
+        (taken, bytes_taken), (given, bytes_given) = _pieces(activations), _pieces(outputs)
+        self._calls.append(_Call(layer, params, taken, given, bytes_taken, bytes_given))
 
     def peaks(self, samples: int) -> Peaks:
         """Estimates what ways to go back will take.
@@ -125,8 +120,7 @@ class Held:
         Args:
             samples: number of samples.
         """
-        moments = [peaks for moment in self._way_back(samples) for peaks in (moment.passing, moment.done)]
-        return reduce(lambda highest, peaks: highest.raised(*peaks), moments, Peaks(0, 0, 0))
+        return Peaks(*map(max, zip(*(moment.held for moment in self._way_back(samples)), strict=True)))
 
     def freed(self, samples: int) -> dict[Any, Freed]:
         """What layers may keep within the peak of the step without privacy, where one pass keeps what it needs.
@@ -135,42 +129,43 @@ class Held:
             samples: number of samples.
         """
         moments = list(self._way_back(samples))
-        most = max((max(moment.passing.plain, moment.done.plain) for moment in moments), default=0)
+        most = max(moment.held.plain for moment in moments)
         freed: dict[Any, Freed] = {}
-        later = 0  # the most that is held from a moment on
+        later = 0  # the most that is held after a moment
         for moment in reversed(moments):
-            later = max(later, moment.done.one_pass)
             if moment.is_last:
-                freed[moment.layer] = Freed(
-                    moment.kept, min(moment.kept + most - later, most - moment.passing.one_pass)
-                )
-            later = max(later, moment.passing.one_pass)
+                room = min(moment.kept + most - later, most - moment.held.one_pass)
+                freed[moment.layer] = Freed(moment.kept, room)
+            later = max(later, moment.held.one_pass)
         return freed
 
     def _way_back(self, samples: int) -> Iterator[_Moment]:
+        """The calls from the last one to the first, and the end."""
         layers: dict[Any, _Layer] = {}
         given_up = self._given_up(layers)
         plain = one_pass = two_passes = sum(given_up)
         kept: set[Any] = set()
         for call, freed in zip(reversed(self._calls), reversed(given_up), strict=True):
-            layer, backprops = layers[call.layer], _bytes(call.outputs)
-            passing = backprops + _bytes(call.activations)
-            while_passing = Peaks(plain + passing, one_pass + passing, two_passes + passing)
-            own = backprops + _bytes(piece for piece in call.activations if piece.storage.cdata not in kept)
-            kept.update(piece.storage.cdata for piece in call.activations)
+            layer, passing, own = layers[call.layer], call.taken + call.given, call.given
+            held = Peaks(plain + passing, one_pass + passing, two_passes + passing)
+            for piece in call.activations:
+                if piece.storage.cdata not in kept:
+                    kept.add(piece.storage.cdata)
+                    own += piece.size
             layer.calls -= 1
-            layer.backprops += backprops
+            layer.backprops += call.given
             layer.kept += own
             plain -= freed
             one_pass += own - freed
-            two_passes += backprops
+            two_passes += call.given
             if not layer.calls:
                 plain += sum(map(_size, map(local, call.params)))
                 less = max(0, layer.kept - samples * sum(map(_size, call.params)))
                 layer.kept -= less
                 one_pass -= less
                 two_passes -= layer.backprops
-            yield _Moment(call.layer, while_passing, Peaks(plain, one_pass, two_passes), not layer.calls, layer.kept)
+            yield _Moment(call.layer, held, not layer.calls, layer.kept)
+        yield _Moment(None, Peaks(plain, one_pass, two_passes), False, 0)
 
     def _given_up(self, layers: dict[Any, _Layer]) -> list[int]:
         """The bytes that are given up with each call; counts the calls of each layer."""

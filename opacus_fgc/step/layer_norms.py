@@ -147,6 +147,9 @@ class LayerNorms(CertifiedModel):
 
     def _are_dealt_out(self, uses: Sequence[Use], batch: Batch) -> bool:
         """Whether rows are not the samples in order, or not as many for each use of an operation; none are of an idle expert."""
+        if len(uses) == 1:
+            key = uses[0].call.key
+            return not key.rows or not batch.is_regular or key in self.record.owned
         rows = {use.call.key.rows for use in uses}
         several = len(rows) > 1 and isinstance(uses[0].call.fingerprint, Op)
         return several or 0 in rows or not batch.is_regular or any(use.call.key in self.record.owned for use in uses)

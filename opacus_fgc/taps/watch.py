@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ import torch
 from opacus_fgc._compat.checkpointing import innermost_checkpoint
 from opacus_fgc._compat.overrides import current_function_mode
 from opacus_fgc.taps.shared import SharedTensors
+
+_AS_IT_IS: AbstractContextManager = nullcontext()
 
 
 class ForwardWatch(SharedTensors):
@@ -59,12 +61,12 @@ class ForwardWatch(SharedTensors):
             return
         frame.recompute_fn = _Again(self, self._batch_sizes[0], frame.recompute_fn)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager:
         """A context in which operations are not looked at, where they are a tap's own; they would cost some microseconds each."""
-        if current_function_mode() is not self:
-            yield
-            return
+        return self._left() if current_function_mode() is self else _AS_IT_IS
+
+    @contextmanager
+    def _left(self) -> Iterator[None]:
         self.__exit__(None, None, None)
         try:
             yield
