@@ -22,7 +22,7 @@ from opacus_fgc.certificates.model_state import ModelState, restored
 from opacus_fgc.certificates.observations import Forward, Observations
 from opacus_fgc.certificates.order import entrances_of, keeps_samples, order_error_of, structure_of
 from opacus_fgc.certificates.owned_inputs import owned_inputs
-from opacus_fgc.certificates.ownership import Owned, find_owners
+from opacus_fgc.certificates.ownership import Owned, OwnerSearch
 from opacus_fgc.certificates.samples import Replacement, copied, tensors_of
 from opacus_fgc.certificates.schedule import Certification
 from opacus_fgc.certificates.sketch import forget_weights, raise_on_all_ranks
@@ -138,7 +138,6 @@ class CertifiedModel(TriedModel):
         """
         batch, choices = due.batch, self._choices()
         size = batch.size
-        idle: dict[Any, Owned] = {}
         half = goes_through(loss_per_sample, {torch.float16})
         if plain is not None:
             plain.half |= half
@@ -150,19 +149,17 @@ class CertifiedModel(TriedModel):
             backprops.half |= half
             return backprops
 
-        owned = find_owners(
+        search = OwnerSearch(
             batch,
-            due.draws,
-            lambda count, exponents: weights(size, count, choices, exponents),
-            backward,
-            plain,
-            self.certification.by_position,
-            idle,
-            self.record.batch_size_seen == 1,
-            next(iter((~loss_per_sample.detach().isfinite()).nonzero().flatten().tolist()), None),
-            lambda key: self._tapped(key.layer).name,
-            self.layout.on_all_ranks,
+            draw=lambda count, exponents: weights(size, count, choices, exponents),
+            run=backward,
+            by_position=self.certification.by_position,
+            packed=self.record.batch_size_seen == 1,
+            lost=next(iter((~loss_per_sample.detach().isfinite()).nonzero().flatten().tolist()), None),
+            describe=lambda key: self._tapped(key.layer).name,
+            on_all_ranks=self.layout.on_all_ranks,
         )
+        owned = search.find(due.draws, plain)
         error = order_error_of(owned, batch, lambda key: self._tapped(key.layer).name)
         raise_on_all_ranks(error, self.layout.on_all_ranks)
         self.certification.dealt_out.update(call.layer for call in owned)
@@ -170,7 +167,7 @@ class CertifiedModel(TriedModel):
             self.certification.schedule.found_in_order(due.structure, due.moved)
         # Rows may belong to other losses than those of their own samples, which replaced samples alone show.
         if due.is_whole or not self.layout.on_all_ranks(keeps_samples(reached, owned, size)):
-            self._check_independence(due, reached, owned, idle)
+            self._check_independence(due, reached, owned, search.idle)
         if due.is_whole:
             self.certification.schedule.made(size, due.structure)
         forget_weights()

@@ -93,111 +93,115 @@ class _Evidence(NamedTuple):
         return torch.stack([one[:, 2].cpu() == 0 for one in several if one is not None]).all(0)
 
 
-def find_owners(
-    batch: Batch,
-    count: int,
-    draw: Callable[[int, Sequence[int]], list[Tensor]],
-    run: Pass,
-    plain: Backprops | None,
-    by_position: set[Any],
-    idle: dict[Any, Owned],
-    packed: bool,
-    lost: int | None,
-    describe: Callable[[Any], str],
-    on_all_ranks: Callable[[bool], bool],
-) -> dict[Any, Owned]:
+@dataclass(eq=False)
+class OwnerSearch:
     """Proves that each row that a tap sees belongs to one sample, and finds out to which where it is not the one in its place.
 
-    Args:
+    Attributes:
         batch: which samples the rows of the batch are of.
-        count: how many draws of weights to begin with.
         draw: gives so many weights with some exponents; see `backprops.weights`.
         run: runs a backward pass.
-        plain: what came of one under ones, if there was one.
         by_position: the layers of which each position is a row; those that are found to be such are added.
-        idle: the owners of the rows of those calls are put here whose rows are in order, and some have no gradient.
         packed: whether a row may hold several samples, one after another.
         lost: a sample whose loss is inf or NaN, whose gradients tell nothing; None if there is none.
         describe: what to call a call's layer in errors.
         on_all_ranks: whether something holds on all ranks that have to run as many passes as each other.
-
-    Returns:
-        The owners of the rows of those calls whose rows are not the samples in order, or as many for each; by `Call.key`.
-
-    Raises:
-        NotImplementedError: if a row belongs to several samples, or has a gradient that is not linear in the loss.
-        ValueError: if there are more losses than rows.
+        idle: the owners of the rows of those calls whose rows are in order, and some have no gradient.
     """
-    ones = torch.ones(batch.size, dtype=torch.float64, device="cpu")
 
-    def evidence(count: int, plain: Backprops | None) -> _Evidence:
-        plain = run(ones) if plain is None else plain
-        draws = draw(count, FEW_EXPONENTS if plain.half else EXPONENTS)
-        return _Evidence(draws, plain, [run(weights) for weights in draws], lost=lost)
+    batch: Batch
+    draw: Callable[[int, Sequence[int]], list[Tensor]]
+    run: Pass
+    by_position: set[Any]
+    packed: bool
+    lost: int | None
+    describe: Callable[[Any], str]
+    on_all_ranks: Callable[[bool], bool]
+    idle: dict[Any, Owned] = field(default_factory=dict)
 
-    first = evidence(count, plain)
-    owned, left = _found(batch, first, by_position, idle)
-    if on_all_ranks(not left):
+    def find(self, draws: int, plain: Backprops | None) -> dict[Any, Owned]:
+        """Finds the owners.
+
+        Args:
+            draws: how many draws of weights to begin with.
+            plain: what came of a pass under ones, if there was one.
+
+        Returns:
+            The owners of the rows of those calls whose rows are not the samples in order, or as many for each; by `Call.key`.
+
+        Raises:
+            NotImplementedError: if a row belongs to several samples, or has a gradient that is not linear in the loss.
+            ValueError: if there are more losses than rows.
+        """
+        first = self._evidence(draws, self._under_ones() if plain is None else plain)
+        owned, left = self._found(first)
+        if self.on_all_ranks(not left):
+            return owned
+        # Perhaps positions are rows, or the weights did not tell all samples apart.
+        several_axes = {key.call.layer for key, _ in left if self.packed and first.plain.dims[key] > 2}
+        several_axes -= self.by_position
+        self.by_position |= several_axes
+        owned, still_left = self._found(self._evidence(draws_that_tell(self.batch.size), self._under_ones()))
+        if self.on_all_ranks(not still_left):
+            return owned
+        self.by_position -= several_axes
+        # Kernels that are not deterministic, and numbers too small to be rounded as others are, do not tell.
+        noise = noise_of(first.plain, [self._under_ones() for _ in range(REPEATS)])
+        noises = [
+            noise_of(one, [self.run(weights) for _ in range(REPEATS)])
+            for one, weights in zip(first.weighted, first.draws, strict=True)
+        ]
+        owned, left = self._found(first._replace(noises=(noise, noises)))
+        eights = self._under_ones(8.0)
+        error = None
+        if left:
+            key, row = left[0]
+            error = owner_error(self.batch.size, first.plain, eights, noise, key, row, self.describe(key.call))
+        raise_on_all_ranks(error, self.on_all_ranks)
         return owned
-    # Perhaps positions are rows, or the weights did not tell all samples apart.
-    several_axes = {key.call.layer for key, _ in left if packed and first.plain.dims[key] > 2} - by_position
-    by_position |= several_axes
-    second = evidence(draws_that_tell(batch.size), None)
-    owned, still_left = _found(batch, second, by_position, idle)
-    if on_all_ranks(not still_left):
-        return owned
-    by_position -= several_axes
-    # Kernels that are not deterministic, and numbers too small to be rounded as others are, do not tell.
-    noise = noise_of(first.plain, [run(ones) for _ in range(REPEATS)])
-    noises = [
-        noise_of(one, [run(weights) for _ in range(REPEATS)])
-        for one, weights in zip(first.weighted, first.draws, strict=True)
-    ]
-    owned, left = _found(batch, first._replace(noises=(noise, noises)), by_position, idle)
-    eights = run(8 * ones)
-    error = None
-    if left:
-        key, row = left[0]
-        error = owner_error(batch.size, first.plain, eights, noise, key, row, describe(key.call))
-    raise_on_all_ranks(error, on_all_ranks)
-    return owned
 
+    def _under_ones(self, factor: float = 1.0) -> Backprops:
+        return self.run(factor * torch.ones(self.batch.size, dtype=torch.float64, device="cpu"))
 
-def _found(
-    batch: Batch, evidence: _Evidence, by_position: set[Any], idle: dict[Any, Owned]
-) -> tuple[dict[Any, Owned], list[tuple[Output, int]]]:
-    """The owners of the rows of calls whose rows are not the samples in order; and outputs of which a row has not one owner."""
-    found: dict[Any, Owned] = {}
-    left: list[tuple[Output, int]] = []
-    without: dict[Any, Any] = {}
-    out_of_order = {key for key, of_ones in evidence.plain.sketches.items() if not _is_in_order(batch, evidence, key)}
-    # What passes for rows in order may be rows without a gradient.
-    layers = {key.call.layer for key in out_of_order}
-    for key in evidence.plain.sketches:
-        positions = key.call.layer in by_position and evidence.plain.dims[key] > 2
-        if not positions and (key.call.layer not in layers or key.call.samples is not None):
-            # Of packed samples the order is known, and has to be that one.
-            if key in out_of_order:
-                left.append((key, 0))
-            elif key.call.samples is None:
-                nothing = evidence.without_gradient(key)
-                # A row is idle where all outputs of the call are.
-                without[key.call] = without.get(key.call, True) & nothing
-            continue
-        samples = _owners_by_ratio(evidence, key)
-        of_others = found.get(key.call)
-        if of_others is not None:
-            samples = torch.where(samples == -1, of_others.samples, samples)
-        wrong = ((samples < -1) | _disagree(samples, of_others)).nonzero().flatten()
-        if len(wrong):
-            left.append((key, int(wrong[0])))
-        else:
-            found[key.call] = Owned(samples, positions)
-    for call, nothing in without.items():
-        expected = batch.owners(len(nothing))
-        if expected is not None and nothing.any():
-            idle[call] = Owned(torch.where(nothing, torch.full_like(expected, -1), expected), False)
-    return _with_last_positions(found), left
+    def _evidence(self, count: int, plain: Backprops) -> _Evidence:
+        draws = self.draw(count, FEW_EXPONENTS if plain.half else EXPONENTS)
+        return _Evidence(draws, plain, [self.run(weights) for weights in draws], lost=self.lost)
+
+    def _found(self, evidence: _Evidence) -> tuple[dict[Any, Owned], list[tuple[Output, int]]]:
+        """The owners of calls whose rows are not the samples in order; and the outputs of which a row has not one owner."""
+        found: dict[Any, Owned] = {}
+        left: list[tuple[Output, int]] = []
+        without: dict[Any, Any] = {}
+        out_of_order = {
+            key for key, of_ones in evidence.plain.sketches.items() if not _is_in_order(self.batch, evidence, key)
+        }
+        # What passes for rows in order may be rows without a gradient.
+        layers = {key.call.layer for key in out_of_order}
+        for key in evidence.plain.sketches:
+            positions = key.call.layer in self.by_position and evidence.plain.dims[key] > 2
+            if not positions and (key.call.layer not in layers or key.call.samples is not None):
+                # Of packed samples the order is known, and has to be that one.
+                if key in out_of_order:
+                    left.append((key, 0))
+                elif key.call.samples is None:
+                    nothing = evidence.without_gradient(key)
+                    # A row is idle where all outputs of the call are.
+                    without[key.call] = without.get(key.call, True) & nothing
+                continue
+            samples = _owners_by_ratio(evidence, key)
+            of_others = found.get(key.call)
+            if of_others is not None:
+                samples = torch.where(samples == -1, of_others.samples, samples)
+            wrong = ((samples < -1) | _disagree(samples, of_others)).nonzero().flatten()
+            if len(wrong):
+                left.append((key, int(wrong[0])))
+            else:
+                found[key.call] = Owned(samples, positions)
+        for call, nothing in without.items():
+            expected = self.batch.owners(len(nothing))
+            if expected is not None and nothing.any():
+                self.idle[call] = Owned(torch.where(nothing, torch.full_like(expected, -1), expected), False)
+        return _with_last_positions(found), left
 
 
 def _is_in_order(batch: Batch, evidence: _Evidence, key: Output) -> bool:
