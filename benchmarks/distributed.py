@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,81 +30,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from communication import Communication
+from layouts import LAYOUTS, OF_TWO_AXES
 from measure import BASELINE, Step, peak_memory
-from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
 from report import selection
-from scaling import Batch, Mesh, scaling_tables, sent
+from scaling import Batch, scaling_tables, sent
 from step import machine, versions
 from tabulate import tabulate
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
-from workloads import WORKLOADS, Transformer, Workload
+from workloads import WORKLOADS, Workload
 
 from opacus_fgc import PrivacyEngine
 from opacus_fgc.planner import MEMORY
 
 MODES = ["ghost", "ghost_bk"]
 MIB = 2**20
-
-Wrap = Callable[[Transformer, DeviceMesh, bool], nn.Module]
-
-
-def ddp(model: Transformer, mesh: DeviceMesh, private: bool) -> nn.Module:
-    """Data parallel: torch's own, which a private model cannot be in, and Opacus'."""
-    return DifferentiallyPrivateDistributedDataParallel(model) if private else DistributedDataParallel(model)
-
-
-def fsdp(model: Transformer, mesh: DeviceMesh, private: bool = False) -> nn.Module:
-    """FSDP2, block by block; hybrid over a mesh of two axes."""
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def tensor_parallel(model: Transformer, mesh: DeviceMesh, private: bool = False) -> nn.Module:
-    """Linear layers and the embedding are cut, all else is copied."""
-    plan: dict[str, Any] = {"embedding": RowwiseParallel(input_layouts=Replicate())}
-    if not model.pooled:  # a few classes are not worth it
-        plan["head"] = ColwiseParallel(output_layouts=Replicate())
-    for i, block in enumerate(model.blocks):
-        plan.update({f"blocks.{i}.{name}": ColwiseParallel() for name in ("q", "k", "v", "up")})
-        plan.update({f"blocks.{i}.{name}": RowwiseParallel() for name in ("out", "down")})
-        block.heads //= mesh.size()
-    return parallelize_module(model, mesh, plan)
-
-
-def fsdp_and_tensor_parallel(model: Transformer, mesh: DeviceMesh, private: bool = False) -> nn.Module:
-    """Tensor parallel along the last axis of a mesh, FSDP2 along the first."""
-    return fsdp(tensor_parallel(model, mesh["tensor"]), mesh["shard"])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A way to lay a model out.
-
-    Attributes:
-        wrap: does it.
-        mesh: the mesh of so many ranks.
-    """
-
-    wrap: Wrap
-    mesh: Callable[[int], Mesh]
-
-
-PLANS = {
-    "ddp": Plan(ddp, lambda ranks: Mesh(replicate=ranks)),
-    "fsdp": Plan(fsdp, lambda ranks: Mesh(shard=ranks)),
-    "tensor parallel": Plan(tensor_parallel, lambda ranks: Mesh(tensor=ranks)),
-    "hsdp": Plan(fsdp, lambda ranks: Mesh(replicate=2, shard=ranks // 2)),
-    "fsdp + tensor parallel": Plan(fsdp_and_tensor_parallel, lambda ranks: Mesh(shard=ranks // 2, tensor=2)),
-}
-OF_TWO_AXES = {"hsdp", "fsdp + tensor parallel"}
 
 
 @dataclass(frozen=True)
@@ -136,16 +77,16 @@ def make_step(workload: Workload, name: str, way: str, device: torch.device) -> 
 
     Args:
         workload: what to train; each rank of data parallel and FSDP has a batch of it.
-        name: which of `PLANS`.
+        name: which of `LAYOUTS`.
         way: `BASELINE`, or one of `MODES`.
         device: where.
     """
     MEMORY.peak = 0  # the formulas of mode "ghost" are those of two passes
     torch.manual_seed(0)
-    axes = PLANS[name].mesh(dist.get_world_size())
+    axes = LAYOUTS[name].mesh(dist.get_world_size())
     sizes = {axis: size for axis, size in axes.sizes.items() if size > 1}
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    model: Any = PLANS[name].wrap(workload.model().to(device), mesh, way != BASELINE)
+    model: Any = LAYOUTS[name].wrap(workload.model().to(device), mesh, way != BASELINE)
     torch.manual_seed(dist.get_rank() // axes.tensor)
     inputs, target = workload.inputs(workload.batch).to(device), workload.target(workload.batch).to(device)
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -213,7 +154,7 @@ def measure(workload: Workload, name: str, seconds: float, device: torch.device)
 
     Args:
         workload: what to train.
-        name: which of `PLANS`.
+        name: which of `LAYOUTS`.
         seconds: time for the rounds.
         device: where.
     """
@@ -224,7 +165,7 @@ def measure(workload: Workload, name: str, seconds: float, device: torch.device)
     counted = {way: count(step) for way, step in steps.items()}
     peaks = {way: peak_memory(step, device) for way, step in steps.items()}
     rounds = time_rounds(steps, seconds)
-    mesh = PLANS[name].mesh(dist.get_world_size())
+    mesh = LAYOUTS[name].mesh(dist.get_world_size())
     with torch.device("meta"):
         shape: Any = workload.model()
     batch = Batch(*workload.inputs(workload.batch).shape)
@@ -313,7 +254,7 @@ def arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--only", nargs="+", type=selection(PLANS), metavar="PATTERN", help="layouts by name, with * and ?"
+        "--only", nargs="+", type=selection(LAYOUTS), metavar="PATTERN", help="layouts by name, with * and ?"
     )
     transformers = [name for name in WORKLOADS if name.startswith(("text", "language")) and "tied" not in name]
     parser.add_argument("--workload", choices=transformers, default="language model, T=128", help="as in step.py")
@@ -324,7 +265,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.ranks not in (2, 4):
         parser.error(f"--ranks is {args.ranks}; the model has 4 heads, which tensor parallel cuts: take 2 or 4")
-    args.names = [name for name in PLANS if not args.only or any(name in names for names in args.only)]
+    args.names = [name for name in LAYOUTS if not args.only or any(name in names for names in args.only)]
     if args.ranks < 4:
         if args.only and OF_TWO_AXES.intersection(args.names):
             parser.error(f"{' and '.join(sorted(OF_TWO_AXES.intersection(args.names)))} need --ranks 4")

@@ -224,14 +224,14 @@ def compare(name):
         with profile(activities=[ProfilerActivity.CPU]) as trace:
             step()
         seen = sum(event.name.startswith("c10d::") for event in trace.events())
-        expected = sent(shape, distributed.PLANS[name].mesh(dist.get_world_size()), way, Batch(8, 8))
+        expected = sent(shape, distributed.LAYOUTS[name].mesh(dist.get_world_size()), way, Batch(8, 8))
         found.append((sum(counted.calls.values()), seen, sum(counted.sent.values()), expected))
     return found
 
 
 @pytest.mark.slow
 @needs_fsdp
-@pytest.mark.parametrize("name", list(distributed.PLANS))
+@pytest.mark.parametrize("name", list(distributed.LAYOUTS))
 def test_formulas_say_what_is_sent(name):
     with ranks(4) as group:
         for found in group(compare, name):
