@@ -14,7 +14,7 @@ from opacus_fgc.per_sample.precision import row_norms
 from opacus_fgc.planner import Room
 
 # Elements from which on an operation takes longer than it takes to start it, and a copy is not for nothing.
-_LARGE = 2**18
+_LARGE, _LARGE_ON_CPU = 2**18, 2**15
 
 
 class Together:
@@ -59,7 +59,9 @@ class SmallGradients:
     @staticmethod
     def takes(form: PerSampleGradient, room: Room) -> bool:
         """Whether gradients are such ones."""
-        return type(form) is Dense and form.elements <= _LARGE and form.fits(room)
+        if type(form) is not Dense or not form.fits(room):
+            return False
+        return form.elements <= (_LARGE_ON_CPU if form.values.device.type == "cpu" else _LARGE)
 
     def add(self, param: Any, form: Any) -> Tensor:
         """Takes the gradients of a parameter; gives what takes the place of their norms until these are known."""
