@@ -13,6 +13,7 @@ from opacus_fgc import GradSampleModuleFastGradientClipping, planner
 from opacus_fgc.loss import book_keeping, double_backward
 from opacus_fgc.per_sample import Convolution, Dense, Outer, PerSampleGradient, SumOverPositions, add, convolution
 from opacus_fgc.planner import NO_ROOM, KeepPolicy, NormMethod, Room
+from opacus_fgc.step import held as held_module
 from opacus_fgc.step.held import Held
 from tests.case import Case, floats
 from tests.operation_cases import CASES
@@ -216,8 +217,9 @@ def test_ghost_makes_two_passes_where_one_takes_more() -> None:
     assert not makes_one_pass(Chain(), x, retain_graph=True)
 
 
-def test_peaks() -> None:
+def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand, in elements: the most is held at the first layer, whose backprops and input gradients come on top."""
+    monkeypatch.setattr(held_module, "_SMALL", 0)
     held = Held()
     x, y, z = torch.zeros(4, 8), torch.zeros(4, 16), torch.zeros(4, 2)
     held.note("first", [x], [y], [torch.zeros(16, 8)])
@@ -230,6 +232,14 @@ def test_peaks() -> None:
     assert two_passes == activations + passing
     # Of one sample, the second layer's gradient takes less than what it is made of.
     assert held.peaks(1).one_pass / 8 == activations + gradient_of_second + passing
+
+
+@pytest.mark.parametrize("features, is_held", [(2**9, True), (2**13, False)])
+def test_what_is_small_counts_as_held(features: int, is_held: bool) -> None:
+    held = Held()
+    held.note("layer", [torch.zeros(1, 1)], [torch.zeros(1, features)], [torch.zeros(1)])
+    passing = 8 * (1 + features)
+    assert held.peaks(1).plain == passing + 8 + is_held * 8 * features
 
 
 def test_freed() -> None:

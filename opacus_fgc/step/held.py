@@ -29,8 +29,9 @@ class Peaks(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    storage: StorageWeakRef
+    place: int  # in memory
     size: int
+    storage: StorageWeakRef | None  # None of small ones, which count as held whatever becomes of them
 
 
 class _Call(NamedTuple):
@@ -67,6 +68,10 @@ class _Layer:
         self.kept = 0
 
 
+# Bytes of what takes longer to be watched than it is worth: recurrent cells leave hundreds of them.
+_SMALL = 2**16
+
+
 def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -76,11 +81,17 @@ def _pieces(tensors: Iterable[Tensor]) -> tuple[list[_Piece], int]:
     pieces, total = [], 0
     for tensor in tensors:
         tensor = local(tensor)
-        if tensor.layout is torch.strided:
+        if tensor.layout is not torch.strided:
+            continue
+        size = _size(tensor)
+        if size < _SMALL:
+            pieces.append(_Piece(tensor.data_ptr(), size, None))
+        else:
             storage = tensor.untyped_storage()
-            size = min(storage.nbytes(), _size(tensor))
-            pieces.append(_Piece(StorageWeakRef(storage), size))
-            total += size
+            size = min(storage.nbytes(), size)
+            reference = StorageWeakRef(storage)
+            pieces.append(_Piece(reference.cdata, size, reference))
+        total += size
     return pieces, total
 
 
@@ -88,7 +99,7 @@ class Held:
     """What autograd holds at the end of a forward: the activations of its taps, and those outputs that other operations keep.
 
     What else an operation keeps, such as the results of a softmax, is not seen, so that the whole is a lower bound. What a
-    checkpoint or an offload has let go of does not count.
+    checkpoint or an offload has let go of does not count, but for what is small.
     """
 
     def __init__(self) -> None:
@@ -149,8 +160,8 @@ class Held:
             layer, passing, own = layers[call.layer], call.taken + call.given, call.given
             held = Peaks(plain + passing, one_pass + passing, two_passes + passing)
             for piece in call.activations:
-                if piece.storage.cdata not in kept:
-                    kept.add(piece.storage.cdata)
+                if piece.place not in kept:
+                    kept.add(piece.place)
                     own += piece.size
             layer.calls -= 1
             layer.backprops += call.given
@@ -169,15 +180,15 @@ class Held:
 
     def _given_up(self, layers: dict[Any, _Layer]) -> list[int]:
         """The bytes that are given up with each call; counts the calls of each layer."""
-        first: dict[Any, int] = {}
-        sizes: dict[Any, int] = {}
+        first: dict[int, int] = {}
+        sizes: dict[int, int] = {}
         for number, call in enumerate(self._calls):
             layers.setdefault(call.layer, _Layer()).calls += 1
-            for piece in (*call.activations, *call.outputs):
-                if not piece.storage.expired():
-                    first.setdefault(piece.storage.cdata, number)
-                    sizes[piece.storage.cdata] = max(sizes.get(piece.storage.cdata, 0), piece.size)
+            for place, size, storage in (*call.activations, *call.outputs):
+                if storage is None or not storage.expired():
+                    first.setdefault(place, number)
+                    sizes[place] = max(sizes.get(place, 0), size)
         given_up = [0] * len(self._calls)
-        for storage, number in first.items():
-            given_up[number] += sizes[storage]
+        for place, number in first.items():
+            given_up[number] += sizes[place]
         return given_up
