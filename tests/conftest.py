@@ -1,5 +1,7 @@
 """Everything runs in float64, against the oracle to 1e-10, unless a test says otherwise."""
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -13,6 +15,19 @@ for absent in (torch.cuda, torch.xpu, torch.mtia):
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", type=torch.device, help="where tensors are made, for example cuda; a CPU if left out")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Makes cases slow of which others of their test say enough in the default run."""
+    seen = Counter()
+    for item in items:
+        mark = item.get_closest_marker("every")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(autouse=True)

@@ -284,6 +284,7 @@ def keep(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     return
 
 
+@pytest.mark.every(3)
 @pytest.mark.usefixtures("keep")
 @pytest.mark.parametrize("autocast", [False, True], ids=["whole", "autocast"])
 @in_half

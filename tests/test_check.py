@@ -128,6 +128,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Any, Callable[[], Any], Callable
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("name", RIGHT)
 def test_right(name: str, dtype: torch.dtype) -> None:

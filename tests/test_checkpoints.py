@@ -125,6 +125,7 @@ for step in range(1, 10_000):
 """
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_killed_at_any_moment(mode: str, tmp_path: Path) -> None:
     path = tmp_path / "run.pt"

@@ -69,6 +69,7 @@ def check(summing: Summing, inputs: tuple[Any, ...], target: Tensor, size: int) 
         assert taken_out <= ROUNDING and replaced <= 2 * ROUNDING
 
 
+@pytest.mark.every(3)
 @both_modes
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 def test_cases(case: Case, mode: str) -> None:
@@ -76,6 +77,7 @@ def test_cases(case: Case, mode: str) -> None:
     check(Summing(model, case.loss("sum"), mode, case.batch_first), inputs, target, N)
 
 
+@pytest.mark.every(5)
 @both_modes
 @pytest.mark.parametrize("seed", range(60))
 def test_random_models(seed: int, mode: str) -> None:

@@ -119,6 +119,7 @@ def steady_step(name: str, mode: str | None, device: str = "cpu", **options: Any
     return work
 
 
+@pytest.mark.every(3)
 @both_modes
 @every_model
 def test_a_step_waits_for_the_device_once(name: str, mode: str, as_on_a_gpu: None) -> None:
@@ -130,6 +131,7 @@ def test_a_step_waits_for_the_device_once(name: str, mode: str, as_on_a_gpu: Non
 KERNELS = {"mlp": (26, 69, 80), "language model": (130, 446, 471), "cnn": (95, 377, 453), "vit": (135, 450, 480)}
 
 
+@pytest.mark.every(3)
 @every_model
 def test_kernels_of_a_step(name: str, as_on_a_gpu: None) -> None:
     counts = [sum(steady_step(name, mode).kernels.values()) for mode in (None, "ghost_bk", "ghost")]
@@ -137,6 +139,7 @@ def test_kernels_of_a_step(name: str, as_on_a_gpu: None) -> None:
     assert all(count <= most for count, most in zip(counts, KERNELS[name], strict=True))
 
 
+@pytest.mark.every(3)
 @both_modes
 @pytest.mark.parametrize("name", [*MODELS, *RECURRENT])
 def test_a_step_on_another_device(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ class Run:
 ERRORS = (KeyboardInterrupt, torch.OutOfMemoryError)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("first", [True, False], ids=["first-step", "later-step"])
 @pytest.mark.parametrize("mode", MODES)
 def test_broken_off_anywhere(mode: str, first: bool) -> None:
@@ -128,6 +129,7 @@ def test_broken_off_anywhere(mode: str, first: bool) -> None:
     assert operation > 20 * stride
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_backward_that_is_tried_again(mode: str) -> None:
     """As a loop does that catches what breaks off, without `zero_grad` in between: half a sum is not added to."""

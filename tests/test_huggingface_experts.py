@@ -46,6 +46,7 @@ ROWS = [
 ]
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("kind, experts", ROWS)
 def test_equals_oracle(kind: str, experts: str | None) -> None:
     """In double precision to 1e-10, also of what the models compute in float32; torch has `grouped_mm` in float32 only."""

@@ -78,6 +78,7 @@ def oracle_of(number: int, value: float) -> tuple[Reference, int]:
 WITH_FLOATS = [number for number, case in enumerate(CASES) if has_floats(case)]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("number", WITH_FLOATS, ids=lambda number: CASES[number].id)
 def test_dropped_samples_contribute_exactly_nothing(number: int, mode: str) -> None:

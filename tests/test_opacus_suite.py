@@ -266,7 +266,9 @@ class GhostTraining(Ghost):
 
 for model in ("ConvNet", "ConvNetFrozen", "Text", "TiedWeights", "CustomLayer"):
     expose(getattr(engine, f"PrivacyEngine{model}Test"), GhostTraining, tested=engine)
-    expose(getattr(engine, f"PrivacyEngine{model}HooksTest"), GhostTraining, tested=engine)
+    # Without a wrapper, one model says enough in the default run.
+    marks = [] if model == "Text" else [pytest.mark.slow]
+    expose(getattr(engine, f"PrivacyEngine{model}HooksTest"), GhostTraining, tested=engine, pytestmark=marks)
 expose(accumulation.GradientAccumulationTest, Ghost, tested=accumulation)
 expose(noise_scheduler.NoiseSchedulerTest, Ghost, tested=noise_scheduler)
 expose(clip_scheduler.GradClipSchedulerTest, Ghost, tested=clip_scheduler)

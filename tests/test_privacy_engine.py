@@ -112,7 +112,9 @@ def test_nothing_is_left_behind(wrap_model: bool, mode: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")
 # The search for the noise is the same whatever the mode, and that of "prv" takes seconds.
-@pytest.mark.parametrize("mode, accountant", [("ghost", "prv"), ("ghost_bk", "rdp")])
+@pytest.mark.parametrize(
+    "mode, accountant", [pytest.param("ghost", "prv", marks=pytest.mark.slow), ("ghost_bk", "rdp")]
+)
 def test_with_epsilon(mode: str, accountant: str) -> None:
     engine = PrivacyEngine(accountant=accountant)
     keywords = arguments(classifier(), grad_sample_mode=mode, target_epsilon=3.0, target_delta=1e-3, epochs=2)

@@ -48,6 +48,7 @@ class Using(nn.Module):
         return torch.cat([rows[one].flatten(1) for one in self.used], 1)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("used", ["o", "h", "c", "oh", "ohc"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_output_that_a_loss_may_use(kind: str, used: str) -> None:

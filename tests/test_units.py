@@ -141,6 +141,7 @@ UNITS = {
 }
 
 
+@pytest.mark.every(3)
 @both_modes
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", MODELS)
