@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen = Counter()
     for item in items:
         mark = item.get_closest_marker("every")
-        if mark is not None:
+        if mark is not None and item.get_closest_marker("slow") is None:
             test = item.nodeid.partition("[")[0]
             if seen[test] % mark.args[0]:
                 item.add_marker(pytest.mark.slow)

@@ -105,6 +105,7 @@ def make_private(request: pytest.FixtureRequest) -> Callable[..., Private]:
     return partial(Private, *request.param)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     "noise_multiplier, size, batch_size, epochs, delta",
     [
@@ -242,6 +243,7 @@ def test_empty_batches_count(make_private: Any, physical: int | None) -> None:
     check(private.engine, [Steps(0.8, 1 / 40, 40)], 1e-4)
 
 
+@pytest.mark.every(5)
 @pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")  # on the way to the noise multiplier
 @pytest.mark.parametrize("target, delta, epochs", [(1.0, 1e-3, 3), (3.0, 1e-5, 2)])
 def test_target_epsilon_is_what_is_spent(make_private: Any, target: float, delta: float, epochs: int) -> None:

@@ -200,6 +200,7 @@ def half_of_the_steps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PRVAccountant, "step", step)
 
 
+@pytest.mark.every(3)
 # What is broken here is the same object in both modes, but for norms; so each of the others is broken in one.
 @pytest.mark.parametrize(
     "mode, break_it",

@@ -69,7 +69,7 @@ def check(summing: Summing, inputs: tuple[Any, ...], target: Tensor, size: int) 
         assert taken_out <= ROUNDING and replaced <= 2 * ROUNDING
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @both_modes
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in CASES])
 def test_cases(case: Case, mode: str) -> None:

@@ -131,7 +131,7 @@ def test_a_step_waits_for_the_device_once(name: str, mode: str, as_on_a_gpu: Non
 KERNELS = {"mlp": (26, 69, 80), "language model": (130, 446, 471), "cnn": (95, 377, 453), "vit": (135, 450, 480)}
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(2)
 @every_model
 def test_kernels_of_a_step(name: str, as_on_a_gpu: None) -> None:
     counts = [sum(steady_step(name, mode).kernels.values()) for mode in (None, "ghost_bk", "ghost")]

@@ -147,7 +147,7 @@ def logits(model: nn.Module, data: Tensor) -> Tensor:
         return model(input_ids=data).logits
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "wrap, prepared", [(True, False), (False, False), (True, True)], ids=["wrapped", "hooks", "prepared"]
@@ -175,7 +175,7 @@ def test_equals_oracle(base: Base, mode: str, wrap: bool, prepared: bool, dtype:
         torch.testing.assert_close(moved, sums[f"model.{name}"], rtol=0, atol=rounding * scale)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 def test_the_base_is_left_as_it_is(base: Base, train: bool) -> None:
     """These bases keep parts of their weights elsewhere, and change them in the first forward."""
@@ -203,7 +203,7 @@ def test_one_sample_through_bfloat16(folder: Path, name: str, mode: str) -> None
         assert 0.999 * 0.013 < total <= 0.013 * (1 + 1e-6)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 def test_check(base: Base) -> None:
     model = base(lora_dropout=0.1)
     report = opacus_fgc.check(model, loss_of, {"input_ids": tokens()}, tokens())
