@@ -20,7 +20,7 @@ text: $(READY)  ## private fine-tuning of a language model on real texts
 	$(BIN)/python examples/text.py $(ARGS)
 
 test: $(READY)  ## all tests but the slow ones
-	@echo 'Without the tests marked slow, about 9 minutes on two quiet cores; "make test-slow" runs these, "make test-all" both.'
+	@echo 'Without the tests marked slow, about 5 and a half minutes on two quiet cores; "make test-slow" runs these, "make test-all" both.'
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## the tests that "make test" leaves out
