@@ -87,9 +87,8 @@ class KeepBudget:
         self.keep = keep
         self._freed = freed or {}
         self._left = 0.0
-        # Bytes: what the layer at hand would keep in any case, and what layers before it kept beyond that.
-        self._own = 0
-        self._beyond = 0
+        # Bytes: of an element of the layer at hand, what it would keep in any case, and what layers before it kept beyond that.
+        self._itemsize = self._own = self._beyond = 0
 
     def room(self, layer: Any, held: int, uses: int, spared: bool, itemsize: int) -> Room:
         """The room for the forms of a layer.
@@ -102,6 +101,7 @@ class KeepBudget:
             itemsize: bytes of an element of per-sample gradients.
         """
         share, everything = self.keep.share * held, self.keep.everything
+        self._itemsize = itemsize
         if layer in self._freed:
             self._own, room = self._freed[layer]
             share = max(share, (room - self._beyond) / itemsize)
@@ -112,11 +112,11 @@ class KeepBudget:
         # Where no second pass may be needed, what other layers left of their room counts as well.
         return Room(self._left) if spared and not everything else Room(share, everything)
 
-    def spend(self, room: Room, elements: int, itemsize: int) -> None:
-        """Notes that so many elements, of so many bytes each, were kept in a room."""
+    def spend(self, room: Room, elements: int) -> None:
+        """Notes that so many elements of the layer at hand were kept in its room."""
         if not room.everything:
             self._left -= elements
-        beyond = elements * itemsize - self._own
+        beyond = elements * self._itemsize - self._own
         self._own, self._beyond = max(0, -beyond), self._beyond + max(0, beyond)
 
 

@@ -262,8 +262,8 @@ def test_a_layer_has_room_in_memory_that_was_given_up() -> None:
     budget = planner.KeepBudget(KeepPolicy(everything=True, freed=True), freed)
     room = budget.room("last", 100, 1, True, 4)
     assert room == planner.Room(200, everything=True)
-    budget.spend(room, 50, 4)
-    budget.spend(room, 90, 4)
+    budget.spend(room, 50)
+    budget.spend(room, 90)
     # The layer kept 160 bytes more than it would in any case.
     assert budget.room("first", 100, 1, True, 4) == planner.Room((1200 - 160) / 4, everything=True)
     assert budget.room("other", 100, 1, True, 4) == planner.Room(0, everything=True)

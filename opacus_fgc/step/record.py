@@ -216,7 +216,7 @@ class Record:
             return None
         if self.small is not None and self.small.takes(form, room):
             self._norms[param] = self.small.add(param, form)
-            self.budget.spend(room, form.elements, widened(param.dtype).itemsize)
+            self.budget.spend(room, form.elements)
             return None
         measured = _measured(self, param, form, room)
         self._norms[param] = measured.norm
@@ -224,7 +224,7 @@ class Record:
             self.unkept.append(param)
         else:
             self.sums.keep(param, measured.kept)
-            self.budget.spend(room, measured.kept.elements, widened(param.dtype).itemsize)
+            self.budget.spend(room, measured.kept.elements)
         return None if measured.norm is LATER else measured
 
 

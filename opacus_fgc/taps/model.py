@@ -199,10 +199,10 @@ def has_trainable_params_within(module: nn.Module) -> bool:
     return any(param.requires_grad for param in module.parameters())
 
 
-def _containers(layers: Mapping[nn.Module, Tapped], every_module: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def _containers(layers: Mapping[nn.Module, Tapped], modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
     """The modules with trainable parameters in them that have no tap, and are in nothing that has one for all of it."""
     whole = [layer for layer, tapped in layers.items() if tapped.sampler.covers_children]
     inside = {module for layer in whole for module in layer.modules()}
-    for module in every_module:
+    for module in modules:
         if module not in layers and module not in inside and has_trainable_params_within(module):
             yield module
